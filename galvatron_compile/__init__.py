@@ -1,0 +1,1 @@
+"""Automatic parallel training: ``compile(model, cluster_profile)`` plans, rewrites and runs."""

@@ -1,0 +1,74 @@
+"""What every layer class costs under every strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from galvatron_compile.strategy import Strategy
+
+Source = Literal["measured", "analytic"]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCost:
+    """One layer under one strategy. Times are for one micro-batch unless the name says step.
+
+    forward_ms, backward_ms: computation; backward includes the second forward of recompute.
+    forward_comm_ms, backward_comm_ms: tensor and sequence parallel collectives, not overlapped.
+    forward_gather_ms, backward_gather_ms: ZeRO-3 parameter gathers (zero otherwise).
+    step_gather_ms: ZeRO-1/2 gather of updated parameters, once a step.
+    micro_reduce_ms: gradient reduce-scatter of every micro-batch (ZeRO-2/3).
+    step_reduce_ms: gradient reduction once a step (ZeRO-0/1, and tensor-parallel deferred sums).
+    optimizer_ms: reading and writing the states of the optimizer update, once a step.
+    saved_bytes: activations kept from forward to backward for one micro-batch.
+    transient_bytes: peak of what lives only while this layer runs (gathered parameters, workspace).
+    """
+
+    forward_ms: float
+    backward_ms: float
+    forward_comm_ms: float
+    backward_comm_ms: float
+    forward_gather_ms: float
+    backward_gather_ms: float
+    step_gather_ms: float
+    micro_reduce_ms: float
+    step_reduce_ms: float
+    optimizer_ms: float
+    parameter_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    saved_bytes: int
+    transient_bytes: int
+    source: Source
+
+    @property
+    def state_bytes(self) -> int:
+        return self.parameter_bytes + self.gradient_bytes + self.optimizer_bytes
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """Costs of every layer class × strategy × number of micro-batches, on one cluster.
+
+    layers: class index of every layer, in order.
+    entries: (class index, strategy, num_micro_batches) -> cost; absent where not legal.
+    resharding_ms: (cut index i, strategy of layer i, strategy of layer i + 1, num_micro_batches)
+        -> forward + backward time of changing layout after layer i; absent means free.
+    same_strategy: groups of layer indices that must agree (tied parameters).
+    overlap_slowdown: factor by which computation and communication slow each other when both run.
+    illegal: (class index, strategy) -> why a strategy is not offered, for the report.
+    """
+
+    layers: tuple[int, ...]
+    class_names: tuple[str, ...]
+    strategies: tuple[Strategy, ...]
+    micro_batch_counts: tuple[int, ...]
+    entries: Mapping[tuple[int, Strategy, int], LayerCost]
+    resharding_ms: Mapping[tuple[int, Strategy, Strategy, int], float]
+    same_strategy: tuple[tuple[int, ...], ...]
+    overlap_slowdown: float
+    world_size: int
+    global_batch_size: int
+    illegal: Mapping[tuple[int, Strategy], str]
