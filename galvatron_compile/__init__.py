@@ -1,1 +1,44 @@
-"""Automatic parallel training: ``compile(model, cluster_profile)`` plans, rewrites and runs."""
+"""Automatic parallel training of PyTorch models.
+
+>>> import galvatron_compile as gc
+>>> cluster = gc.ClusterProfile.preset("8xH100")
+>>> parallel = gc.compile(model, cluster, example_inputs=batch, global_batch_size=512)
+
+Read :mod:`galvatron_compile.compiler` first: ``compile`` is the list of passes in order. Names are
+imported when first used, so that planning on a laptop does not pay for importing torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "ClusterProfile": "galvatron_compile.cluster",
+    "GalvatronError": "galvatron_compile.errors",
+    "ParallelModel": "galvatron_compile.parallel_model",
+    "Plan": "galvatron_compile.plan",
+    "Strategy": "galvatron_compile.strategy",
+    "compile": "galvatron_compile.compiler",
+}
+__all__ = ["ClusterProfile", "GalvatronError", "ParallelModel", "Plan", "Strategy", "compile"]
+
+if TYPE_CHECKING:
+    from galvatron_compile.cluster import ClusterProfile
+    from galvatron_compile.compiler import compile
+    from galvatron_compile.errors import GalvatronError
+    from galvatron_compile.parallel_model import ParallelModel
+    from galvatron_compile.plan import Plan
+    from galvatron_compile.strategy import Strategy
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

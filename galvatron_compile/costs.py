@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from galvatron_compile.strategy import Strategy
+from galvatron_compile.text import columns, mib, ms
 
 Source = Literal["measured", "analytic"]
 
@@ -72,3 +73,51 @@ class CostTable:
     world_size: int
     global_batch_size: int
     illegal: Mapping[tuple[int, Strategy], str]
+
+    def __str__(self) -> str:
+        """The costs at the fewest micro-batches; :meth:`show` prints any other number."""
+        return self.show(min(self.micro_batch_counts))
+
+    def show(self, num_micro_batches: int) -> str:
+        """Every class × strategy in one number of micro-batches, the illegal ones with reason."""
+        counts = ", ".join(map(str, self.micro_batch_counts))
+        lines = [
+            f"cost table for {self.world_size} ranks: global batch {self.global_batch_size} in "
+            f"{num_micro_batches} of {counts} micro-batches, times of one micro-batch, "
+            f"overlap slowdown {self.overlap_slowdown:g}"
+        ]
+        for index, name in enumerate(self.class_names):
+            layers = [i for i, other in enumerate(self.layers) if other == index]
+            plural = "layer" if len(layers) == 1 else "layers"
+            lines += ["", f"{name} ({len(layers)} {plural})"]
+            rows = [
+                _cost_row(strategy, self.entries[index, strategy, num_micro_batches])
+                for strategy in self.strategies
+                if (index, strategy, num_micro_batches) in self.entries
+            ]
+            if rows:
+                lines.append(columns(_COST_HEADER, rows))
+            for strategy in self.strategies:
+                if (index, strategy) in self.illegal:
+                    lines.append(f"{strategy}: not offered, {self.illegal[index, strategy]}")
+        return "\n".join(lines)
+
+
+_COST_HEADER = (
+    *("strategy", "forward ms", "backward ms", "comm ms", "gather ms", "sync ms", "step ms"),
+    *("states MiB", "saved MiB", "transient MiB", "source"),
+)
+
+
+def _cost_row(strategy: Strategy, cost: LayerCost) -> list[str]:
+    """comm: tensor and sequence parallel; sync: gradient reduction; step: once a step."""
+    times = (
+        cost.forward_ms,
+        cost.backward_ms,
+        cost.forward_comm_ms + cost.backward_comm_ms,
+        cost.forward_gather_ms + cost.backward_gather_ms,
+        cost.micro_reduce_ms + cost.step_reduce_ms,
+        cost.step_gather_ms + cost.optimizer_ms,
+    )
+    sizes = (cost.state_bytes, cost.saved_bytes, cost.transient_bytes)
+    return [str(strategy), *map(ms, times), *map(mib, sizes), cost.source]

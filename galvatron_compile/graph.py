@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from galvatron_compile.placement import Placement
+from galvatron_compile.printer import format_graph, format_layers
 
 KEY = "galvatron"
 
@@ -35,6 +36,8 @@ class InputSpec:
     tree: the pytree spec of ``(args, kwargs)``.
     names: one name per leaf, the graph's placeholder names in order.
     batch_dims: the batch dimension of each leaf, None for a leaf without one.
+    constants: keyword entries of the example without tensors, as (name, value); they are part of
+        the program, not leaves, and a batch may leave them out but not change them.
     """
 
     tree: Any
@@ -42,6 +45,7 @@ class InputSpec:
     batch_dims: tuple[int | None, ...]
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[torch.dtype, ...]
+    constants: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,9 @@ class Graph:
     # through extra placeholders ``denominator_0``, … behind those of the batch.
     denominators: fx.GraphModule | None = None
     splits_batch: bool = True  # False if some operator mixes samples: one micro-batch only
+
+    def __str__(self) -> str:
+        return format_graph(self.module)
 
 
 @dataclass(frozen=True)
@@ -112,3 +119,6 @@ class LayeredGraph:
 
     def layer_class(self, layer: Layer) -> LayerClass:
         return self.classes[layer.class_index]
+
+    def __str__(self) -> str:
+        return format_layers(self)

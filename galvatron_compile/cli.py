@@ -1,0 +1,19 @@
+"""The command line. Each command lives in a module of ``galvatron_compile.commands``."""
+
+from __future__ import annotations
+
+import typer
+
+from galvatron_compile.commands.profile import profile
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.command()(profile)
+
+
+@app.callback()
+def main() -> None:
+    """Automatic parallel training for PyTorch models."""
+
+
+if __name__ == "__main__":
+    app()

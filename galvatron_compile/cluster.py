@@ -1,0 +1,248 @@
+"""Facts about the hardware, measured or preset: the noun that every price is computed from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from galvatron_compile.curves import CollectiveCurve, RateCurve, between_sizes
+from galvatron_compile.errors import ProfileError
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One number and where it is from: "measured on …" or "default: …"."""
+
+    value: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Device:
+    """What one rank computes on. ``kind`` is "cuda" or "cpu"; memory is what one rank may use."""
+
+    name: str
+    kind: str
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """What running computation and communication at the same time costs, each factor at least 1.
+
+    joint: o in  time = max(c, x) + (o - 1) * min(c, x)  for computation c and communication x that
+        start together; 1 is perfect overlap, 2 is one after the other.
+    compute: how many times longer computation takes while communication runs all along.
+    communication: how many times longer communication takes while computation runs all along.
+    """
+
+    joint: float
+    compute: float
+    communication: float
+    source: str
+
+    def __post_init__(self) -> None:
+        for name in ("joint", "compute", "communication"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 1):
+                raise ProfileError(f"overlap.{name} is {getattr(self, name)}; must be at least 1")
+
+
+@dataclass(frozen=True)
+class ClusterProfile:
+    """What the hardware can do. One rank drives one device; ranks fill node after node.
+
+    matmul: rate by dtype, of products of square matrices (2 n^3 FLOPs), all ranks running at once.
+    attention: rate by dtype, of a forward pass of 4 * batch * heads * queries * keys * head_dim
+        FLOPs (the dense count).
+    memory: bytes read plus bytes written per second, of one device.
+    launch_overhead_ms: the least time of any operator, however small.
+    collectives: curves by kind, tier and group size. Payload is, as in nccl-tests, the bytes of the
+        whole tensor that a rank ends up with or starts from: the reduced tensor (all_reduce), the
+        gathered one (all_gather), the one before scattering (reduce_scatter), all that a rank sends
+        including its own part (all_to_all), the message (broadcast, p2p). Tier "node" is a group
+        inside a node, "cluster" one that spans nodes, with ranks strided evenly over them as data
+        parallel groups are. All disjoint groups of a size communicate at the same time.
+    reserve_bytes: memory of each rank that the framework keeps (context, communicators, code).
+    """
+
+    name: str
+    device: Device
+    num_nodes: int
+    ranks_per_node: int
+    matmul: tuple[RateCurve, ...]
+    attention: tuple[RateCurve, ...]
+    memory: Fact
+    launch_overhead_ms: Fact
+    collectives: tuple[CollectiveCurve, ...]
+    overlap: Overlap
+    reserve_bytes: Fact
+
+    def __post_init__(self) -> None:
+        for name in ("num_nodes", "ranks_per_node"):
+            if getattr(self, name) < 1:
+                raise ProfileError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.device.kind not in ("cpu", "cuda"):
+            raise ProfileError(f"device.kind is {self.device.kind!r}; expected cpu or cuda")
+        if self.device.memory_bytes <= 0:
+            raise ProfileError(f"device.memory_bytes is {self.device.memory_bytes}; must be > 0")
+        if not (math.isfinite(self.memory.value) and self.memory.value > 0):
+            raise ProfileError(f"memory.value is {self.memory.value} bytes/s; it must be positive")
+        for name in ("launch_overhead_ms", "reserve_bytes"):
+            fact: Fact = getattr(self, name)
+            if not (math.isfinite(fact.value) and fact.value >= 0):
+                raise ProfileError(f"{name}.value is {fact.value}; it must not be negative")
+        if not self.matmul:
+            raise ProfileError("matmul has no rates; a profile needs at least one dtype")
+        _unique("matmul", [curve.dtype for curve in self.matmul])
+        _unique("attention", [curve.dtype for curve in self.attention])
+        _unique(
+            "collectives",
+            [f"{c.kind} over {c.num_ranks} ranks ({c.tier})" for c in self.collectives],
+        )
+
+    @property
+    def world_size(self) -> int:
+        return self.num_nodes * self.ranks_per_node
+
+    @property
+    def memory_bytes(self) -> int:
+        """Memory that a plan may use on one rank: the device's less the framework's reserve."""
+        return max(0, self.device.memory_bytes - int(self.reserve_bytes.value))
+
+    @property
+    def overlap_slowdown(self) -> float:
+        """:attr:`Overlap.joint`."""
+        return self.overlap.joint
+
+    def matmul_ms(self, flops: float, dtype: object, num_bytes: float = 0) -> float:
+        """Time of a matrix product of ``flops`` that reads and writes ``num_bytes``.
+
+        The slower of arithmetic and memory, so that thin matrices are not priced like square ones.
+        ``dtype`` is a torch dtype or its name. ProfileError for a dtype without a rate.
+        """
+        return self._compute_ms("matmul", self.matmul, flops, dtype, num_bytes)
+
+    def attention_ms(self, flops: float, dtype: object, num_bytes: float = 0) -> float:
+        """As :meth:`matmul_ms`, for fused attention. Causal: give half the dense FLOPs."""
+        return self._compute_ms("attention", self.attention, flops, dtype, num_bytes)
+
+    def memory_ms(self, num_bytes: float) -> float:
+        """Time of an operator that reads and writes ``num_bytes`` in total and computes little."""
+        if num_bytes <= 0:
+            return 0.0
+        return max(self.launch_overhead_ms.value, 1e3 * num_bytes / self.memory.value)
+
+    def collective_ms(self, kind: str, payload_bytes: float, ranks: Sequence[int]) -> float:
+        """Time of one collective of ``payload_bytes`` (see the class) among these global ranks.
+
+        Nothing for fewer than two ranks or an empty payload. For p2p, the sender and the receiver.
+        ProfileError if the profile has no such curve or not so many ranks.
+        """
+        if len(ranks) < 2 or payload_bytes <= 0:
+            return 0.0
+        tier = self.tier(ranks)
+        curves = [c for c in self.collectives if (c.kind, c.tier) == (kind, tier)]
+        if not curves:
+            known = sorted({c.kind for c in self.collectives if c.tier == tier})
+            where = "inside a node" if tier == "node" else "across nodes"
+            raise ProfileError(
+                f"profile {self.name!r} has no time of {kind} {where} (it has: "
+                f"{', '.join(known) or 'none'}); measure with galvatron-compile profile under "
+                "torchrun on the ranks that will train, or take a preset"
+            )
+        return between_sizes(curves, 2 if kind == "p2p" else len(ranks), payload_bytes)
+
+    def tier(self, ranks: Sequence[int]) -> str:
+        """ "node" if these global ranks share a node, else "cluster"."""
+        if min(ranks) < 0 or max(ranks) >= self.world_size:
+            raise ProfileError(
+                f"profile {self.name!r} describes {self.num_nodes} x {self.ranks_per_node} ranks, "
+                f"but rank {max(ranks)} was asked for; profile the cluster that will train"
+            )
+        nodes = {rank // self.ranks_per_node for rank in ranks}
+        return "node" if len(nodes) == 1 else "cluster"
+
+    def sources(self) -> dict[str, str]:
+        """Where each group of numbers is from."""
+        found = {f"matmul {curve.dtype}": curve.source for curve in self.matmul}
+        found |= {f"attention {curve.dtype}": curve.source for curve in self.attention}
+        found["memory bandwidth"] = self.memory.source
+        found["launch overhead"] = self.launch_overhead_ms.source
+        for c in self.collectives:
+            found[f"{c.kind} {c.tier} x{c.num_ranks}"] = c.source
+        found["overlap"] = self.overlap.source
+        found["reserve"] = self.reserve_bytes.source
+        return found
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether every number was measured, none taken from a data sheet or assumed."""
+        return all(source.startswith("measured") for source in self.sources().values())
+
+    def save(self, path: str | Path) -> None:
+        """Write versioned JSON that :meth:`load` reads."""
+        from galvatron_compile.cluster_json import dumps
+
+        Path(path).write_text(dumps(self) + "\n", encoding="utf-8")
+
+    @staticmethod
+    def load(path: str | Path) -> ClusterProfile:
+        """Read what :meth:`save` wrote. ProfileError names the file and the field at fault."""
+        from galvatron_compile.cluster_json import loads
+
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ProfileError(
+                f"cannot read the cluster profile {path}: {error}; make one with "
+                "galvatron-compile profile --out FILE, or use ClusterProfile.preset"
+            ) from error
+        try:
+            return loads(text)
+        except ProfileError as error:
+            raise ProfileError(f"cluster profile {path}: {error}") from error
+
+    @staticmethod
+    def preset(name: str) -> ClusterProfile:
+        """Defaults for a known GPU: ``"H100"``, ``"8xH100"`` or ``"128x8xH100"`` (nodes first).
+
+        Data-sheet numbers and assumptions, each with its source; measure when you can.
+        """
+        from galvatron_compile.presets import preset
+
+        return preset(name)
+
+    @staticmethod
+    def presets() -> tuple[str, ...]:
+        """GPU names that :meth:`preset` knows."""
+        from galvatron_compile.presets import GPUS
+
+        return tuple(GPUS)
+
+    def __str__(self) -> str:
+        from galvatron_compile.cluster_text import describe
+
+        return describe(self)
+
+    def _compute_ms(
+        self, what: str, curves: Sequence[RateCurve], flops: float, dtype: object, num_bytes: float
+    ) -> float:
+        if flops <= 0:
+            return self.memory_ms(num_bytes)
+        name = str(dtype).removeprefix("torch.")
+        for curve in curves:
+            if curve.dtype == name:
+                overhead_ms = self.launch_overhead_ms.value
+                return max(overhead_ms, curve.ms(flops), self.memory_ms(num_bytes))
+        known = ", ".join(curve.dtype for curve in curves) or "none"
+        raise ProfileError(f"profile {self.name!r} has no {what} rate for {name}; it has: {known}")
+
+
+def _unique(what: str, names: Sequence[str]) -> None:
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            raise ProfileError(f"{what} lists {name} twice; keep one")

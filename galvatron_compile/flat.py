@@ -1,0 +1,258 @@
+"""Flat storage of parameters that share dtypes, so that one collective moves all of them.
+
+With ``n`` ranks along the data axis (``parts = n`` under ZeRO, else 1) a bucket holds
+
+- ``master``: ``[shard]``, this rank's chunk of every parameter one behind the other;
+- ``working``: per parameter a region of ``parts * chunk`` elements, in which the tensor-local
+  parameter lies contiguously;
+- ``pending``: ``[parts, shard]``, gradients not yet summed over ranks, in the order that
+  reduce-scatter wants; ``reduced``: ``[shard]``, the sum.
+
+Chunks are padded to equal size, so collectives are the ``_tensor`` ones with equal shards.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from galvatron_compile.layout import ParameterLayout
+from galvatron_compile.mesh import Axis
+from galvatron_compile.precision import Precision
+
+# torch 2.13 renamed these two and warns at every call of the old names.
+_gather: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
+ALIGNMENT = 32  # elements; keeps every parameter on a 64-byte boundary in the smallest dtype
+
+
+def gather_parts(part: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """Every rank's equally shaped, contiguous ``part``, as ``[axis.size, *part.shape]``."""
+    if axis.group is None:
+        return part[None]
+    gathered = part.new_empty(axis.size * part.numel())
+    _gather(gathered, part.reshape(-1), group=axis.group)
+    return gathered.view(axis.size, *part.shape)
+
+
+@dataclass
+class InFlight:
+    """A collective that was launched, what it holds on to, and what to do when it is done."""
+
+    work: dist.Work | None
+    complete: Callable[[], None]
+
+    def wait(self) -> None:
+        if self.work is not None:
+            self.work.wait()
+        self.complete()
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one parameter lies. ``index`` is its place in the unit; the rest counts elements."""
+
+    index: int
+    layout: ParameterLayout
+    offset: int  # in a shard
+    chunk: int  # of one rank, padded
+    region: int  # in the working buffer
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.layout.tensor_shape)
+
+
+class FlatBucket:
+    """Masters, working tensors and gradients of some parameters of one unit on one rank."""
+
+    def __init__(
+        self,
+        members: Sequence[tuple[int, ParameterLayout, torch.Tensor]],
+        *,
+        data: Axis,
+        tensor: Axis,
+        precision: Precision,
+        device: torch.device,
+    ) -> None:
+        first, dtype = members[0][1], members[0][2].dtype
+        self.zero, self.requires_grad = first.zero, first.requires_grad
+        self.data, self.tensor = data, tensor
+        self.parts = data.size if self.zero else 1
+        self.rank = data.index * tensor.size + tensor.index
+        self.reduce_dtype = precision.reduce_of(dtype)
+        self.slots, self.shard_numel, working_numel = _place(members, self.parts)
+        self.master = torch.zeros(self.shard_numel, dtype=precision.master_of(dtype), device=device)
+        self.masters = [
+            torch.nn.Parameter(self.master_of(slot).data, self.requires_grad) for slot in self.slots
+        ]
+        compute = precision.compute_of(dtype)
+        self.is_alias = not self.zero and compute == self.master.dtype
+        self.buffer = (
+            self.master
+            if self.is_alias
+            else torch.zeros(working_numel, dtype=compute, device=device)
+        )
+        self.working = [self._working(slot) for slot in self.slots]
+        self.gathering: InFlight | None = None
+        self.pending: torch.Tensor | None = None
+        self.reduced: torch.Tensor | None = None
+        self.filled: set[int] = set()  # slots with something in ``pending``
+        self.touched: set[int] = set()  # slots that got a gradient in this step
+        values = {index: value for index, _, value in members}
+        for slot in self.slots:
+            if not values[slot.index].is_meta:
+                self.load(slot, values[slot.index])
+
+    # Parameters.
+
+    def master_of(self, slot: Slot) -> torch.Tensor:
+        shape = slot.layout.local_shape(self.rank)
+        return self.master[slot.offset : slot.offset + math.prod(shape)].view(shape)
+
+    def _working(self, slot: Slot) -> torch.Tensor:
+        # ``.data`` gives a version counter of its own: what is gathered into the buffer between
+        # forward and backward is the value that autograd saved, not a change of it.
+        local = self.buffer[slot.region : slot.region + slot.numel]
+        return local.view(slot.layout.tensor_shape).data.requires_grad_(self.requires_grad)
+
+    def load(self, slot: Slot, full: torch.Tensor) -> None:
+        """Take this rank's part of the whole parameter."""
+        local = slot.layout.take(full.detach(), self.rank)
+        self.master_of(slot).copy_(local)
+
+    def free(self) -> None:
+        """Give the working buffer's memory back; the working tensors stay as empty shells."""
+        self.buffer.untyped_storage().resize_(0)
+
+    @property
+    def is_freed(self) -> bool:
+        return self.buffer.numel() > 0 and self.buffer.untyped_storage().size() == 0
+
+    def launch_gather(self) -> None:
+        """Start to bring every working tensor up to date with the masters of all data ranks."""
+        if self.is_alias:
+            return
+        storage = self.buffer.untyped_storage()
+        storage.resize_(self.buffer.numel() * self.buffer.element_size())
+        source = self.master.to(self.buffer.dtype)
+        if self.parts == 1:
+            self.buffer.copy_(source)
+            return
+        single = len(self.slots) == 1  # its region is the gathered tensor itself
+        target = self.buffer if single else self.buffer.new_empty(self.parts * self.shard_numel)
+        work = None
+        if self.data.group is not None:
+            work = _gather(target, source, group=self.data.group, async_op=True)
+
+        def complete(source: torch.Tensor = source) -> None:
+            if not single:
+                self._copy_out(target.view(self.parts, self.shard_numel))
+
+        self.gathering = InFlight(work, complete)
+
+    def wait_gather(self) -> None:
+        if self.gathering is not None:
+            self.gathering.wait()
+            self.gathering = None
+
+    def _copy_out(self, gathered: torch.Tensor) -> None:
+        for slot in self.slots:
+            region = self.buffer[slot.region : slot.region + self.parts * slot.chunk]
+            part = gathered[:, slot.offset : slot.offset + slot.chunk]
+            region.view(self.parts, slot.chunk).copy_(part)
+
+    # Gradients.
+
+    def add(self, slot: Slot, gradient: torch.Tensor) -> None:
+        """Add the gradient of one working tensor to what is to be summed over ranks."""
+        if self.pending is None:
+            shape = (self.parts, self.shard_numel)
+            self.pending = torch.zeros(shape, dtype=self.reduce_dtype, device=self.master.device)
+        flat = (gradient.to_dense() if gradient.is_sparse else gradient).reshape(-1)
+        target = self.pending[:, slot.offset : slot.offset + slot.chunk]
+        whole = slot.numel // slot.chunk if slot.chunk else 0
+        rest = slot.numel - whole * slot.chunk
+        pairs = [(target[:whole], flat[: whole * slot.chunk].view(whole, slot.chunk))]
+        if rest:
+            pairs.append((target[whole, :rest], flat[whole * slot.chunk :]))
+        for into, piece in pairs:
+            if slot.index in self.filled:
+                into.add_(piece)
+            else:
+                into.copy_(piece)
+        self.filled.add(slot.index)
+        self.touched.add(slot.index)
+
+    def launch_reduce(self) -> InFlight | None:
+        """Start the SUM over the data axis of what is pending; None if nothing is."""
+        pending, self.pending = self.pending, None
+        self.filled.clear()
+        if pending is None:
+            return None
+        work = None
+        if self.parts == 1:
+            output = pending.view(-1)
+            if self.data.group is not None:
+                work = dist.all_reduce(output, group=self.data.group, async_op=True)
+        elif self.data.group is None:  # a dry axis
+            output = pending[self.data.index]
+        else:
+            output = pending.new_empty(self.shard_numel)
+            work = _scatter(output, pending.view(-1), group=self.data.group, async_op=True)
+
+        def complete(pending: torch.Tensor = pending) -> None:
+            self.reduced = output if self.reduced is None else self.reduced.add_(output)
+
+        return InFlight(work, complete)
+
+    def launch_tensor_reduce(self) -> InFlight | None:
+        """Start the SUM over the tensor axis of gradients whose parameter is V there."""
+        ends = [slot.offset + slot.chunk for slot in self.slots if slot.layout.tensor.kind == "V"]
+        if self.reduced is None or not ends or self.tensor.group is None:
+            return None
+        part = self.reduced[: max(ends)]  # V comes first in a shard
+        work = dist.all_reduce(part, group=self.tensor.group, async_op=True)
+        return InFlight(work, lambda: None)
+
+    def commit(self) -> None:
+        """Hand the summed gradients to the masters, adding to what is there."""
+        for slot, master in zip(self.slots, self.masters, strict=True):
+            if slot.index not in self.touched or self.reduced is None:
+                continue
+            gradient = self.reduced[slot.offset : slot.offset + master.numel()]
+            gradient = gradient.view(master.shape).to(master.dtype)
+            if master.grad is None:
+                master.grad = gradient
+            else:
+                master.grad.add_(gradient)
+        self.drop()
+
+    def drop(self) -> None:
+        self.pending = self.reduced = None
+        self.filled.clear()
+        self.touched.clear()
+
+
+def _place(
+    members: Sequence[tuple[int, ParameterLayout, torch.Tensor]], parts: int
+) -> tuple[list[Slot], int, int]:
+    """Slots with V parameters first, and the elements of a shard and of the working buffer."""
+    slots: list[Slot] = []
+    offset = region = end = region_end = 0
+    for index, layout, _ in sorted(members, key=lambda member: member[1].tensor.kind != "V"):
+        chunk = layout.chunk_rows * layout.row_numel
+        slots.append(Slot(index, layout, offset, chunk, region))
+        end, region_end = offset + chunk, region + parts * chunk
+        offset, region = _align(end), _align(region_end)
+    return slots, end, region_end
+
+
+def _align(count: int) -> int:
+    return -(-count // ALIGNMENT) * ALIGNMENT

@@ -1,0 +1,95 @@
+"""The processes that train together, and how they fail together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from galvatron_compile.errors import PeerError, PlanError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Job:
+    """This process's place in the training job, and the device it computes on."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @staticmethod
+    def current(model: torch.nn.Module) -> Job:
+        """The default process group if there is one, else a job of one process.
+
+        Under torchrun without ``init_process_group`` the group is made here: NCCL where every
+        rank has a GPU, gloo otherwise.
+        """
+        if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            dist.init_process_group("nccl" if _gpu_for_every_rank() else "gloo")
+        if not dist.is_initialized():
+            return Job(0, 1, _device_of(model))
+        device = torch.device("cpu")
+        if "nccl" in str(dist.get_backend()):
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(device)
+        return Job(dist.get_rank(), dist.get_world_size(), device)
+
+    def together(self, step: Callable[[], T], *, same: Callable[[T], str] | None = None) -> T:
+        """Run ``step`` on every rank; if it fails on any, raise on all.
+
+        ``step`` must not communicate. The failing rank raises its own error, the others PeerError.
+        ``same`` gives a text that must be equal on all ranks, for what would otherwise diverge in
+        silence; PlanError if it is not.
+        """
+        result: T | None = None
+        error: Exception | None = None
+        try:
+            result = step()
+        except Exception as caught:  # re-raised below, after the other ranks know
+            error = caught
+        mine = (
+            f"{type(error).__name__}: {error}" if error else None,
+            same(result) if same and error is None else None,  # type: ignore[arg-type]
+        )
+        everyone = self.gather(mine)
+        if error is not None:
+            raise error
+        for rank, (failure, _) in enumerate(everyone):
+            if failure is not None:
+                raise PeerError(f"rank {rank} failed: {failure}")
+        self._check_same([text for _, text in everyone])
+        return result  # type: ignore[return-value]
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[T | None] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values  # type: ignore[return-value]
+
+    def _check_same(self, texts: list[str | None]) -> None:
+        for rank, text in enumerate(texts):
+            if text != texts[0]:
+                raise PlanError(
+                    f"rank {rank} differs from rank 0: {text!r} against {texts[0]!r}; give every "
+                    "rank the same model, example shapes, cluster profile and arguments"
+                )
+
+
+def _gpu_for_every_rank() -> bool:
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+    return torch.cuda.is_available() and torch.cuda.device_count() >= local
+
+
+def _device_of(model: torch.nn.Module) -> torch.device:
+    first = next(model.parameters(), None)
+    if first is None or first.device.type == "meta":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return first.device

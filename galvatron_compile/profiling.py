@@ -1,0 +1,320 @@
+"""Measure this machine, or the machines of the current torchrun job, as a ClusterProfile."""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from galvatron_compile.cluster import ClusterProfile, Device, Fact, Overlap
+from galvatron_compile.cluster_json import dumps, loads
+from galvatron_compile.curves import CollectiveCurve, RateCurve, rising
+from galvatron_compile.errors import ProfileError
+from galvatron_compile.profiling_collectives import (
+    groups_of,
+    measure_group,
+    measure_overlap,
+    measure_p2p,
+)
+from galvatron_compile.stopwatch import Stopwatch
+
+Progress = Callable[[int, int, str], None]
+"""progress(steps done, steps in all, what comes next); called on every rank."""
+
+KIB = 1024
+MIB = 1024**2
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured: matrix sides, sequence lengths, bytes copied and communicated.
+
+    point_s: about how long one measurement may take; larger sizes are left out where one call
+    alone would take longer.
+    """
+
+    sides: tuple[int, ...]
+    sequences: tuple[int, ...]
+    heads: int
+    copy_bytes: int
+    payloads_bytes: tuple[int, ...]
+    point_s: float
+
+
+_CPU = Sizes(
+    (64, 128, 256, 512, 1024), (64, 256, 1024), 4, 64 * MIB,
+    (4 * KIB, 64 * KIB, 512 * KIB, 4 * MIB, 32 * MIB), 0.15,
+)  # fmt: skip
+_CPU_QUICK = Sizes(
+    (64, 256, 512), (64, 256), 4, 32 * MIB, (4 * KIB, 256 * KIB, 4 * MIB), 0.05
+)  # fmt: skip
+_CUDA = Sizes(
+    (256, 512, 1024, 2048, 4096, 8192), (256, 512, 1024, 2048, 4096, 8192), 16, 1024 * MIB,
+    (4 * KIB, 64 * KIB, MIB, 4 * MIB, 16 * MIB, 64 * MIB, 256 * MIB, 1024 * MIB), 0.1,
+)  # fmt: skip
+_CUDA_QUICK = Sizes(
+    (512, 2048, 8192), (512, 2048), 16, 512 * MIB, (64 * KIB, MIB, 16 * MIB, 256 * MIB), 0.05
+)  # fmt: skip
+
+
+def measure(
+    progress: Progress | None = None, quick: bool = False, sizes: Sizes | None = None
+) -> ClusterProfile:
+    """Measure with all ranks of the job working at once; every rank returns the same profile.
+
+    Collective: every rank of the default process group calls it. Under torchrun without a group
+    one is made (NCCL where every rank has a GPU, else gloo) and destroyed at the end; otherwise
+    only the groups made here are. A lone process measures computation only.
+
+    quick: fewer and smaller sizes, some 10 s instead of a minute on CPU; ``sizes`` overrides both.
+
+    Raises:
+        ProfileError: nodes with different numbers of ranks.
+    """
+    with _job() as device, torch.no_grad():
+        if sizes is None:
+            cpu = device.type == "cpu"
+            sizes = (_CPU_QUICK if quick else _CPU) if cpu else (_CUDA_QUICK if quick else _CUDA)
+        return _Measurement(device, sizes, progress).run()
+
+
+@contextmanager
+def _job() -> Iterator[torch.device]:
+    """The device to measure, with a process group if there are several ranks."""
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    gpus = torch.cuda.is_available() and torch.cuda.device_count() >= local_world_size
+    own_group = not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    use_gpu = gpus and (not dist.is_initialized() or "nccl" in str(dist.get_backend()))
+    device = torch.device("cpu")
+    if use_gpu:
+        index = int(os.environ.get("LOCAL_RANK", torch.cuda.current_device()))
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    if own_group:
+        dist.init_process_group("nccl" if use_gpu else "gloo")
+    try:
+        yield device
+    finally:
+        if own_group:
+            dist.destroy_process_group()
+
+
+class _Measurement:
+    """The steps of one :func:`measure`, and what they found so far."""
+
+    def __init__(self, device: torch.device, sizes: Sizes, progress: Progress | None) -> None:
+        self.device, self.sizes, self.progress = device, sizes, progress
+        self.watch = Stopwatch(device, sizes.point_s)
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.num_nodes, self.per_node = _layout()
+        self.source = _source(device, self.num_nodes, self.per_node)
+        self.matmul: list[RateCurve] = []
+        self.attention: list[RateCurve] = []
+        self.collectives: list[CollectiveCurve] = []
+        self.overlap = Overlap(1, 1, 1, f"{self.source}; one rank, nothing to overlap")
+        self.memory = self.launch = 0.0
+        self.reserve_bytes = _resident_bytes()
+
+    def run(self) -> ClusterProfile:
+        steps = self.steps()
+        for done, (what, step) in enumerate(steps):
+            if self.progress:
+                self.progress(done, len(steps), what)
+            step()
+        if self.progress:
+            self.progress(len(steps), len(steps), "done")
+        return self.same_everywhere(self.profile())
+
+    def steps(self) -> list[tuple[str, Callable[[], None]]]:
+        found: list[tuple[str, Callable[[], None]]] = [
+            ("operator overhead", self.measure_launch),
+            ("memory bandwidth", self.measure_memory),
+        ]
+        for dtype in _DTYPES:
+            found.append((f"matmul {_name(dtype)}", partial(self.measure_matmul, dtype)))
+        for dtype in _DTYPES:
+            found.append((f"attention {_name(dtype)}", partial(self.measure_attention, dtype)))
+        for tier, ranks in groups_of(self.rank, self.num_nodes, self.per_node):
+            what = f"collectives, {len(ranks)} ranks, {tier}"
+            found.append((what, partial(self.measure_collectives, tier, ranks)))
+        tiers = ["node"] * (self.per_node > 1) + ["cluster"] * (self.num_nodes > 1)
+        found += [(f"p2p, {t}", partial(self.measure_p2p, t)) for t in tiers]
+        if tiers:
+            found.append(("overlap", self.measure_overlap))
+        return found
+
+    def measure_launch(self) -> None:
+        tensor = torch.zeros(1, device=self.device)
+        self.launch = self.watch.ms(lambda: tensor.add_(1))
+
+    def measure_memory(self) -> None:
+        source = torch.zeros(self.sizes.copy_bytes // 4, device=self.device)
+        target = torch.empty_like(source)
+        milliseconds = self.watch.ms(lambda: target.copy_(source))
+        self.memory = 2e3 * self.sizes.copy_bytes / milliseconds  # read and written
+
+    def measure_matmul(self, dtype: torch.dtype) -> None:
+        def make(side: int) -> tuple[float, Callable[[], object]]:
+            a = torch.randn(side, side, device=self.device).to(dtype)
+            b = torch.randn(side, side, device=self.device).to(dtype)
+            out = torch.empty_like(a)
+            return 2.0 * side**3, lambda: torch.mm(a, b, out=out)
+
+        self.matmul.append(self.rate(dtype, self.sizes.sides, make))
+
+    def measure_attention(self, dtype: torch.dtype) -> None:
+        heads, head_dim = self.sizes.heads, 64
+
+        def make(length: int) -> tuple[float, Callable[[], object]]:
+            shape = (1, heads, length, head_dim)
+            q, k, v = (torch.randn(shape, device=self.device).to(dtype) for _ in range(3))
+            flops = 4.0 * heads * length**2 * head_dim
+            return flops, lambda: F.scaled_dot_product_attention(q, k, v)
+
+        self.attention.append(self.rate(dtype, self.sizes.sequences, make))
+
+    def rate(
+        self,
+        dtype: torch.dtype,
+        sizes: Sequence[int],
+        make: Callable[[int], tuple[float, Callable[[], object]]],
+    ) -> RateCurve:
+        """Ascending sizes, until one call would take longer than a measurement may."""
+        times: list[tuple[float, float]] = []
+        for size in sizes:
+            flops, call = make(size)
+            if self.watch.predicts_over(times, flops):
+                break
+            times.append((flops, self.watch.ms(call)))
+        points = tuple((flops, 1e3 * flops / ms) for flops, ms in rising(times))
+        return RateCurve(_name(dtype), points, self.source)
+
+    def measure_collectives(self, tier: str, ranks: tuple[int, ...]) -> None:
+        payloads_bytes = self.sizes.payloads_bytes
+        self.collectives += measure_group(self.watch, tier, ranks, payloads_bytes, self.source)
+
+    def measure_p2p(self, tier: str) -> None:
+        payloads_bytes = self.sizes.payloads_bytes
+        curve = measure_p2p(self.watch, tier, self.per_node, payloads_bytes, self.source)
+        self.collectives.append(curve)
+
+    def measure_overlap(self) -> None:
+        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        curve = next(curve for curve in self.matmul if curve.dtype == _name(dtype))
+        flops = curve.points[-1][0]
+        side = round((flops / 2) ** (1 / 3))
+        a = torch.randn(side, side, device=self.device).to(dtype)
+        out = torch.empty_like(a)
+        payload_bytes = self.sizes.payloads_bytes[min(3, len(self.sizes.payloads_bytes) - 1)]
+        factors = measure_overlap(
+            self.watch, lambda: torch.mm(a, a, out=out), curve.ms(flops), payload_bytes
+        )
+        self.overlap = Overlap(*factors, self.source)
+
+    def profile(self) -> ClusterProfile:
+        reserve_bytes, memory_bytes = _device_memory(self.device, self.reserve_bytes, self.per_node)
+        reserve_bytes = int(self.watch.agree([reserve_bytes])[0])
+        memory_bytes = -int(self.watch.agree([-memory_bytes])[0])  # the smallest
+        name = _device_name(self.device)
+        return ClusterProfile(
+            name=f"{self.num_nodes}x{self.per_node}x{name}",
+            device=Device(name, self.device.type, memory_bytes),
+            num_nodes=self.num_nodes,
+            ranks_per_node=self.per_node,
+            matmul=tuple(self.matmul),
+            attention=tuple(self.attention),
+            memory=Fact(self.memory, self.source),
+            launch_overhead_ms=Fact(self.launch, self.source),
+            collectives=tuple(self.collectives),
+            overlap=self.overlap,
+            reserve_bytes=Fact(reserve_bytes, self.source),
+        )
+
+    def same_everywhere(self, profile: ClusterProfile) -> ClusterProfile:
+        """Rank 0's: times agree already, but dates and host names need not."""
+        if self.watch.alone:
+            return profile
+        text = [dumps(profile)]
+        dist.broadcast_object_list(text, 0)
+        return loads(text[0])
+
+
+def _layout() -> tuple[int, int]:
+    """(nodes, ranks per node), from torchrun or else from the host names."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return 1, 1
+    world_size = dist.get_world_size()
+    mine = (os.environ.get("LOCAL_WORLD_SIZE"), os.environ.get("GROUP_RANK"), socket.gethostname())
+    everyone: list[tuple[str | None, str | None, str]] = [mine] * world_size
+    dist.all_gather_object(everyone, mine)
+    counts = [int(local) for local, _, _ in everyone if local is not None]
+    if len(counts) < world_size or max(counts) > world_size:
+        hosts = [host for _, _, host in everyone]
+        counts = [hosts.count(host) for host in hosts]
+    if len(set(counts)) > 1 or world_size % counts[0]:
+        raise ProfileError(
+            f"nodes have different numbers of ranks ({counts}); start torchrun with the same "
+            "--nproc-per-node everywhere"
+        )
+    return world_size // counts[0], counts[0]
+
+
+def _source(device: torch.device, num_nodes: int, per_node: int) -> str:
+    date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    backend = f", {dist.get_backend()}" if dist.is_initialized() else ""
+    cuda = f", CUDA {torch.version.cuda}" if device.type == "cuda" else ""
+    threads = f", {torch.get_num_threads()} thread(s) a rank" if device.type == "cpu" else ""
+    return (
+        f"measured on {socket.gethostname()} ({num_nodes} x {per_node} ranks, "
+        f"{_device_name(device)}{threads}) at {date} with torch {torch.__version__}{cuda}"
+        f"{backend}, Python {platform.python_version()}"
+    )
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else []:
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _device_memory(device: torch.device, resident_bytes: int, per_node: int) -> tuple[int, int]:
+    """(bytes the framework keeps, bytes a rank may use) of the device."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+        return max(0, total_bytes - free_bytes - torch.cuda.memory_reserved(device)), total_bytes
+    total_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")  # a container's limit, where there is one
+    if limit.exists() and limit.read_text().strip().isdigit():
+        total_bytes = min(total_bytes, int(limit.read_text()))
+    return resident_bytes, total_bytes // per_node
+
+
+def _resident_bytes() -> int:
+    """Memory of this process so far: interpreter, torch and what else is loaded."""
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * KIB
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

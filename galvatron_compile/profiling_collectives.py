@@ -1,0 +1,217 @@
+"""Measuring communication, alone and beside computation, on all ranks at once."""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from galvatron_compile.curves import KINDS, CollectiveCurve, rising
+from galvatron_compile.stopwatch import Stopwatch
+
+# torch 2.13 renamed them and warns about the old names; 2.11 has only those.
+_gather: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
+_ITEM_BYTES = 4  # float32
+_MAX_SIZES = 6  # group sizes per tier: enough for a curve, few enough for a thousand ranks
+
+
+def groups_of(rank: int, num_nodes: int, per_node: int) -> list[tuple[str, tuple[int, ...]]]:
+    """The groups this rank is in, one per tier and size: (tier, its ranks).
+
+    Inside a node, neighbours; across nodes, ranks strided evenly over the whole job. Sizes are the
+    divisors of the ranks of a node, and of all ranks.
+    """
+    world_size = num_nodes * per_node
+    found = []
+    for size in _divisors(per_node):
+        start = rank // size * size
+        found.append(("node", tuple(range(start, start + size))))
+    for size in _divisors(world_size) if num_nodes > 1 else []:
+        stride = world_size // size
+        found.append(("cluster", tuple(range(rank % stride, world_size, stride))))
+    return found
+
+
+def _divisors(number: int) -> list[int]:
+    sizes = [size for size in range(2, number + 1) if number % size == 0]
+    if len(sizes) <= _MAX_SIZES:
+        return sizes
+    return sorted(
+        {sizes[round(i * (len(sizes) - 1) / (_MAX_SIZES - 1))] for i in range(_MAX_SIZES)}
+    )
+
+
+@contextmanager
+def group_among(ranks: tuple[int, ...]) -> Iterator[dist.ProcessGroup | None]:
+    """A process group of these ranks that ends with the block; None is the default group."""
+    if len(ranks) == dist.get_world_size():
+        yield None
+        return
+    # Local synchronisation: a rank makes its own group only, not those of all others.
+    group = dist.new_group(list(ranks), use_local_synchronization=True)
+    try:
+        yield group
+    finally:
+        dist.barrier()  # a peer of this group may still be inside its last collective
+        dist.destroy_process_group(group)
+
+
+def measure_group(
+    watch: Stopwatch, tier: str, ranks: tuple[int, ...], payloads_bytes: Sequence[int], source: str
+) -> list[CollectiveCurve]:
+    """Every collective but p2p over the group of ``ranks``; every rank calls with its own group."""
+    curves = []
+    with group_among(ranks) as group:
+        for kind in KINDS:
+            if kind != "p2p":
+                points = _sweep(watch, payloads_bytes, _collective(watch, kind, ranks, group))
+                curves.append(CollectiveCurve(kind, tier, len(ranks), points, source))
+    return curves
+
+
+def measure_p2p(
+    watch: Stopwatch, tier: str, per_node: int, payloads_bytes: Sequence[int], source: str
+) -> CollectiveCurve:
+    """Neighbours in pairs (in a node), or the same place in neighbouring nodes; all at once."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    step = 1 if tier == "node" else per_node
+    place = (rank % per_node if tier == "node" else rank) // step
+    peer = rank + step if place % 2 == 0 else rank - step
+    same_node = peer // per_node == rank // per_node
+    paired = 0 <= peer < world_size and (tier == "cluster" or same_node)
+
+    def make(payload_bytes: int) -> tuple[int, Callable[[], object]]:
+        tensor = torch.zeros(payload_bytes // _ITEM_BYTES, device=watch.device)
+        if not paired:
+            return payload_bytes, lambda: None
+        if place % 2 == 0:
+            return payload_bytes, lambda: dist.send(tensor, peer)
+        return payload_bytes, lambda: dist.recv(tensor, peer)
+
+    return CollectiveCurve("p2p", tier, 2, _sweep(watch, payloads_bytes, make), source)
+
+
+def _sweep(
+    watch: Stopwatch,
+    payloads_bytes: Sequence[int],
+    make: Callable[[int], tuple[int, Callable[[], object]]],
+) -> tuple[tuple[float, float], ...]:
+    """Ascending payloads, until one call would take longer than a measurement may."""
+    points: list[tuple[float, float]] = []
+    for payload_bytes in payloads_bytes:
+        if watch.predicts_over(points, payload_bytes):
+            break
+        exact_bytes, call = make(payload_bytes)
+        points.append((float(exact_bytes), watch.ms(call)))
+    return rising(points)
+
+
+def _collective(
+    watch: Stopwatch, kind: str, ranks: tuple[int, ...], group: dist.ProcessGroup | None
+) -> Callable[[int], tuple[int, Callable[[], object]]]:
+    """payload bytes -> (bytes after rounding to whole parts, one call)."""
+    size = len(ranks)
+
+    def make(payload_bytes: int) -> tuple[int, Callable[[], object]]:
+        part = max(1, payload_bytes // _ITEM_BYTES // size)
+        whole = torch.zeros(part * size, device=watch.device)
+        mine = torch.zeros(part, device=watch.device)
+        other = torch.zeros_like(whole)
+        calls: dict[str, Callable[[], object]] = {
+            "all_reduce": lambda: dist.all_reduce(whole, group=group),
+            "all_gather": lambda: _gather(whole, mine, group=group),
+            "reduce_scatter": lambda: _scatter(mine, whole, group=group),
+            "all_to_all": lambda: dist.all_to_all_single(other, whole, group=group),
+            "broadcast": lambda: dist.broadcast(whole, ranks[0], group=group),
+        }
+        return part * size * _ITEM_BYTES, calls[kind]
+
+    return make
+
+
+def measure_overlap(
+    watch: Stopwatch, compute: Callable[[], object], compute_ms: float, payload_bytes: int
+) -> tuple[float, float, float]:
+    """(joint, compute, communication) factors of :class:`galvatron_compile.cluster.Overlap`.
+
+    All-reduces over all ranks run beside ``compute`` (one call takes ``compute_ms``): as long as
+    it, then three times as long to see what computation suffers, then a third as long.
+    """
+    tensors = [torch.zeros(payload_bytes // _ITEM_BYTES, device=watch.device) for _ in range(12)]
+    reduce_ms = watch.ms(lambda: dist.all_reduce(tensors[0]))
+    calls = min(20, max(1, round(reduce_ms / compute_ms)))
+    reduces = min(4, max(1, round(calls * compute_ms / reduce_ms)))
+
+    def run(times: tuple[int, int]) -> list[float]:
+        samples = [
+            _together(watch, compute, times[0] * calls, tensors[: times[1] * reduces])
+            for _ in range(5)
+        ]
+        medians = [statistics.median(column) for column in zip(*samples, strict=True)]
+        return watch.agree(medians)
+
+    run((1, 1))  # warms up threads and streams
+    compute_alone_ms, communication_alone_ms = run((1, 0))[0], run((0, 1))[1]
+    both_ms = run((1, 1))[2]
+    low, high = sorted((compute_alone_ms, communication_alone_ms))
+    return (
+        max(1.0, 1 + (both_ms - high) / low),
+        max(1.0, run((1, 3))[0] / compute_alone_ms),
+        max(1.0, run((3, 1))[1] / communication_alone_ms),
+    )
+
+
+def _together(
+    watch: Stopwatch, compute: Callable[[], object], calls: int, tensors: list[torch.Tensor]
+) -> tuple[float, float, float]:
+    """Start all-reduces of ``tensors``, compute beside them: ms until (computed, reduced, both)."""
+    watch.barrier()
+    if watch.device.type == "cuda":
+        return _together_cuda(compute, calls, tensors)
+    reduced_s = 0.0
+    start_s = time.perf_counter()
+    works = [dist.all_reduce(tensor, async_op=True) for tensor in tensors]
+
+    def wait() -> None:
+        nonlocal reduced_s
+        for work in works:
+            assert work is not None
+            work.wait()
+        reduced_s = time.perf_counter() - start_s
+
+    waiter = threading.Thread(target=wait)
+    waiter.start()
+    for _ in range(calls):
+        compute()
+    computed_s = time.perf_counter() - start_s
+    waiter.join()
+    return 1e3 * computed_s, 1e3 * reduced_s, 1e3 * max(computed_s, reduced_s)
+
+
+def _together_cuda(
+    compute: Callable[[], object], calls: int, tensors: list[torch.Tensor]
+) -> tuple[float, float, float]:
+    start, computed, reduced = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+    side = torch.cuda.Stream()
+    start.record()
+    side.wait_event(start)
+    works = [dist.all_reduce(tensor, async_op=True) for tensor in tensors]
+    with torch.cuda.stream(side):  # waits there, so that the computing stream does not
+        for work in works:
+            assert work is not None
+            work.wait()
+        reduced.record()
+    for _ in range(calls):
+        compute()
+    computed.record()
+    torch.cuda.synchronize()
+    both = start.elapsed_time(computed), start.elapsed_time(reduced)
+    return float(both[0]), float(both[1]), float(max(both))

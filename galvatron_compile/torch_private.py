@@ -1,0 +1,85 @@
+"""Every use of private PyTorch interfaces, each wrapped in a small function that checks it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+# --- capture: pytrees and shape environments (checked on torch 2.11 and 2.13) ---
+
+
+def flatten_tree(tree: Any) -> tuple[list[Any], Any]:
+    """Leaves of nested tuples, lists and dicts, and the spec that puts them back."""
+    leaves, spec = pytree.tree_flatten(tree)
+    assert isinstance(leaves, list)
+    return leaves, spec
+
+
+def unflatten_tree(leaves: Sequence[Any], spec: Any) -> Any:
+    return pytree.tree_unflatten(list(leaves), spec)
+
+
+def tree_paths(tree: Any) -> list[tuple[object, ...]]:
+    """The keys and indices that lead to each leaf."""
+    found, _ = pytree.tree_flatten_with_path(tree)
+    return [
+        tuple(getattr(k, "key", getattr(k, "idx", getattr(k, "name", None))) for k in path)
+        for path, _ in found
+    ]
+
+
+def size_expression(size: Any) -> Any:
+    """The sympy expression of a symbolic size, after replacements; a plain int as it is."""
+    return size.node.expr if isinstance(size, torch.SymInt) else size
+
+
+def shape_guards(value: torch.Tensor) -> list[tuple[Any, str | None]]:
+    """(condition on the sizes, "file:line" of the model or None) for a fake tensor's trace."""
+    mode = getattr(value, "fake_mode", None)
+    environment = getattr(mode, "shape_env", None)
+    if environment is None:
+        return []
+    return [(guard.expr, guard.sloc.maybe_user_loc) for guard in environment.guards]
+
+
+def fake_mode_of(value: torch.Tensor) -> Any:
+    """The FakeTensorMode that made ``value``: entering it makes operators compute shapes only."""
+    mode = getattr(value, "fake_mode", None)
+    assert mode is not None, "not a fake tensor"
+    return mode
+
+
+# --- random operators: fake tensors and operator schemas (checked on torch 2.13) ---
+
+
+def is_faking(values: Any) -> bool:
+    """Whether a call with these values only computes shapes: a fake or meta tensor is among
+    them, or a fake tensor mode is active."""
+    leaves = pytree.tree_leaves(values)
+    if any(isinstance(leaf, torch.Tensor) and leaf.is_meta for leaf in leaves):
+        return True
+    return torch._guards.detect_fake_mode(leaves) is not None
+
+
+def schema_arguments(op: Any) -> list[tuple[str, Any]]:
+    """(name, default or None) of an operator overload's arguments, in order."""
+    arguments = [(argument.name, argument.default_value) for argument in op._schema.arguments]
+    assert all(isinstance(name, str) for name, _ in arguments)
+    return arguments
+
+
+def mesh_without_groups(device_type: str, ranks: torch.Tensor, names: tuple[str, ...]) -> Any:
+    """A DeviceMesh that says where shards lie and makes no process group (checked on 2.13).
+
+    The public constructor makes one communicator per mesh dimension; for checkpoints only the
+    coordinates matter.
+    """
+    from torch.distributed.device_mesh import DeviceMesh
+
+    mesh = DeviceMesh(device_type, ranks, mesh_dim_names=names, _init_backend=False)
+    if tuple(mesh.mesh.shape) != tuple(ranks.shape) or mesh.get_coordinate() is None:
+        raise RuntimeError("DeviceMesh no longer takes _init_backend=False; update this function")
+    return mesh

@@ -1,0 +1,175 @@
+"""Moving tensors along one axis, without autograd: what the conversions are made of.
+
+A sharded dim of size d is seen as ``(outer, n, d / outer / n)``; rank r holds block r of every
+outer piece. Every function returns new contiguous memory (a slice must not keep the whole tensor
+alive) and leaves its input alone. On a dry axis nothing moves and shapes are right; fake and meta
+tensors may flow through. Axes of one rank never come here.
+
+Backends must implement the collectives themselves: gloo (2.11 to 2.13) and NCCL do, for float64,
+float32, bfloat16, float16 and integers; what a backend refuses is raised, never replaced by a
+slower way. Booleans travel as bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from galvatron_compile.errors import ShapeError
+from galvatron_compile.mesh import Axis
+
+# torch 2.13 renamed these two and warns at every call of the old names.
+_gather: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
+SUM = dist.ReduceOp.SUM
+MAX = dist.ReduceOp.MAX
+
+
+def identity(x: Tensor) -> Tensor:
+    return x.view_as(x)  # an autograd function may not return its own input
+
+
+def divide(x: Tensor, axis: Axis) -> Tensor:
+    return x / axis.size
+
+
+def all_reduce(x: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = SUM) -> Tensor:
+    """Sum (or ``op``) over the axis of tensors of one shape; the same bits on every rank."""
+    out = x.clone(memory_format=torch.contiguous_format)
+    if not axis.dry:
+        dist.all_reduce(out, op, group=_group(axis))
+    return out
+
+
+def all_gather(x: Tensor, dim: int, outer: int, axis: Axis) -> Tensor:
+    """(…, d / n, …) on every rank to (…, d, …)."""
+    n = axis.size
+    if axis.dry:
+        return _join(x.unsqueeze(0).expand(n, *x.shape), dim, outer)
+    wire = _as_wire(x)
+    out = wire.new_empty((n, *wire.shape))
+    _gather(out.view(-1), wire.view(-1), group=_group(axis))
+    return _join(out.view(x.dtype), dim, outer)
+
+
+def reduce_scatter(x: Tensor, dim: int, outer: int, axis: Axis) -> Tensor:
+    """Sum over the axis of (…, d, …), of which this rank keeps its (…, d / n, …)."""
+    if axis.dry:
+        return shard(x, dim, outer, axis)
+    send = _split(x, dim, outer, axis.size).contiguous()
+    out = send.new_empty(send.shape[1:])
+    _scatter(out.view(-1), send.view(-1), group=_group(axis))
+    return _merge_pieces(out, dim)
+
+
+def shard(x: Tensor, dim: int, outer: int, axis: Axis) -> Tensor:
+    """This rank's (…, d / n, …) of (…, d, …)."""
+    block = _split(x, dim, outer, axis.size)[axis.index]
+    return _merge_pieces(block.clone(memory_format=torch.contiguous_format), dim)
+
+
+def pad(x: Tensor, dim: int, outer: int, axis: Axis) -> Tensor:
+    """This rank's (…, d / n, …) in its place in zeros of (…, d, …); the transpose of shard."""
+    n = axis.size
+    shape = list(x.shape)
+    shape[dim] = shape[dim] * n
+    out = x.new_zeros(shape)
+    block = _split(out, dim, outer, n)[axis.index]
+    block.copy_(x.reshape(block.shape))
+    return out
+
+
+def all_to_all(
+    x: Tensor, dim_from: int, outer_from: int, dim_to: int, outer_to: int, axis: Axis
+) -> Tensor:
+    """From sharded on ``dim_from`` to sharded on ``dim_to``, each with its outer."""
+    if dim_from == dim_to:
+        return _reorder(x, dim_from, outer_from, outer_to, axis)
+    send = _split(x, dim_to, outer_to, axis.size).contiguous()
+    received = send if axis.dry else _exchange(send, axis)
+    # (n, …, outer_to, block, …) from rank q: its blocks of dim_from, my blocks of dim_to
+    merged = received.flatten(1 + dim_to, 2 + dim_to)
+    return _join(merged, dim_from, outer_from)
+
+
+def _reorder(x: Tensor, dim: int, outer_from: int, outer_to: int, axis: Axis) -> Tensor:
+    """Change of outer on one dim: pieces of the finest common grid go to their new owners."""
+    n, me = axis.size, axis.index
+    if axis.dry:
+        return x.clone(memory_format=torch.contiguous_format)
+    num_pieces = math.lcm(outer_from, outer_to) * n
+    held = [_owned(num_pieces, outer_from, n, rank) for rank in range(n)]
+    wanted = [_owned(num_pieces, outer_to, n, rank) for rank in range(n)]
+    send = [[held[me].index(i) for i in held[me] if i in set(wanted[q])] for q in range(n)]
+    arriving = [[i for i in held[q] if i in set(wanted[me])] for q in range(n)]
+    order = [i for part in arriving for i in part]
+
+    _check(x.shape[dim], len(held[me]), dim, outer_to, n)
+    pieces = x.unflatten(dim, (len(held[me]), -1)).movedim(dim, 0)
+    picked = pieces[[i for part in send for i in part]].contiguous()
+    wire = _as_wire(picked)
+    out = torch.empty_like(wire)
+    sizes_in, sizes_out = [len(part) for part in send], [len(part) for part in arriving]
+    dist.all_to_all_single(out, wire, sizes_out, sizes_in, group=_group(axis))
+    sorted_pieces = out.view(x.dtype)[[order.index(i) for i in wanted[me]]]
+    return sorted_pieces.movedim(0, dim).flatten(dim, dim + 1).contiguous()
+
+
+def _owned(num_pieces: int, outer: int, n: int, rank: int) -> list[int]:
+    block = num_pieces // (outer * n)
+    return [i for i in range(num_pieces) if i // block % n == rank]
+
+
+def _exchange(send: Tensor, axis: Axis) -> Tensor:
+    """Entry q of the first dim goes to rank q; entry q of the result came from rank q."""
+    wire = _as_wire(send)
+    out = torch.empty_like(wire)
+    dist.all_to_all_single(out, wire, group=_group(axis))
+    return out.view(send.dtype)
+
+
+def _split(x: Tensor, dim: int, outer: int, n: int) -> Tensor:
+    """(…, d, …) as the view (n, …, outer, d / outer / n, …): one entry per rank."""
+    _check(x.shape[dim], outer * n, dim, outer, n)
+    block = x.shape[dim] // (outer * n)
+    shape = (*x.shape[:dim], outer, n, block, *x.shape[dim + 1 :])
+    return x.reshape(shape).movedim(dim + 1, 0)
+
+
+def _join(parts: Tensor, dim: int, outer: int) -> Tensor:
+    """One entry per rank, (n, …, d / n, …), to (…, d, …)."""
+    n, size = parts.shape[0], parts.shape[dim + 1]
+    _check(size, outer, dim, outer, n)
+    before, after = parts.shape[1 : dim + 1], parts.shape[dim + 2 :]
+    pieces = parts.reshape(n, *before, outer, size // outer, *after).movedim(0, dim + 1)
+    return pieces.reshape(*before, size * n, *after).contiguous()
+
+
+def _merge_pieces(block: Tensor, dim: int) -> Tensor:
+    """(…, outer, d / outer / n, …) to (…, d / n, …)."""
+    return block.flatten(dim, dim + 1)
+
+
+def _as_wire(x: Tensor) -> Tensor:
+    x = x.contiguous()
+    return x.view(torch.uint8) if x.dtype == torch.bool else x
+
+
+def _check(size: Any, divisor: Any, dim: int, outer: object, n: int) -> None:
+    # A symbolic size is left to reshape, which checks it without a guard of ours.
+    if isinstance(size, int) and isinstance(divisor, int) and size % divisor:
+        raise ShapeError(
+            f"dim {dim} of size {size} cannot be cut into {outer} pieces of {n} equal blocks; "
+            "choose a degree that divides it"
+        )
+
+
+def _group(axis: Axis) -> dist.ProcessGroup:
+    assert axis.group is not None, f"axis {axis} of {axis.size} ranks has no process group"
+    return axis.group

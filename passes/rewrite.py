@@ -1,0 +1,284 @@
+"""rewrite: LayeredGraph, Plan → StageProgram. Obeys the plan and decides nothing."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from galvatron_compile.graph import Layer, LayeredGraph
+from galvatron_compile.layout import ParameterLayout
+from galvatron_compile.mesh import Mesh
+from galvatron_compile.operators import without_dropout
+from galvatron_compile.passes.reshard import Layout, Resharder
+from galvatron_compile.passes.sharding import ShardedLayer, localise
+from galvatron_compile.passes.sharding.apply import gather_batch
+from galvatron_compile.passes.sharding.table import ShardingTable
+from galvatron_compile.placement import R, S
+from galvatron_compile.plan import Plan
+from galvatron_compile.precision import Precision
+from galvatron_compile.program import StageProgram
+from galvatron_compile.seeds import layer_seed
+from galvatron_compile.strategy import Strategy
+from galvatron_compile.units import BackwardFence, ParameterUnit, Recompute
+
+
+def mesh_degrees(plan: Plan) -> list[int]:
+    """Tensor-parallel degrees that the plan's program needs axes for.
+
+    Besides the layers' own: that of a rank's share of the batch, and the least common multiple of
+    degrees that do not divide each other, through which values pass from one to the other.
+    """
+    degrees = {strategy.tp for strategy in plan.strategies}
+    degrees.add(plan.world_size // plan.data_size)
+    degrees |= {math.lcm(a, b) for a in degrees for b in degrees}
+    return sorted(degrees)
+
+
+def rewrite(
+    layered: LayeredGraph,
+    plan: Plan,
+    mesh: Mesh,
+    shardings: ShardingTable,
+    precision: Precision,
+    device: torch.device,
+) -> StageProgram:
+    """Build the program of ``mesh.rank``: its graphs with collectives, its slice of parameters."""
+    layers = _LayerModules(layered, plan, mesh, shardings)
+    units = _parameter_units(layered, plan, mesh, layers, precision, device)
+    builder = _Builder(layered, plan, mesh, layers, units, precision, device)
+    return StageProgram(
+        module=builder.build(layers.training),
+        evaluation=builder.build(layers.evaluation),
+        plan=plan,
+        mesh=mesh,
+        units=units.ordered,
+        denominators=layered.graph.denominators,
+        inputs=layered.graph.inputs,
+        buffers=layered.graph.buffers,
+        tied=layered.graph.tied,
+        layer_graphs=layers.graphs,
+        remarks=layers.remarks,
+    )
+
+
+class _LayerModules:
+    """One graph per (class, tp, sp, dp) of the plan, and one module per layer around it."""
+
+    def __init__(
+        self, layered: LayeredGraph, plan: Plan, mesh: Mesh, shardings: ShardingTable
+    ) -> None:
+        self.sharded: list[ShardedLayer] = []
+        self.graphs: dict[str, fx.GraphModule] = {}
+        self.training: list[torch.nn.Module] = []
+        self.evaluation: list[torch.nn.Module] = []
+        evaluation: dict[str, fx.GraphModule] = {}
+        remarks: dict[str, None] = {}
+        for layer, strategy in zip(layered.layers, plan.strategies, strict=True):
+            sharded = shardings.get(layer.class_index, strategy)
+            name = _graph_name(layered.layer_class(layer).name, strategy)
+            if name not in self.graphs:
+                graph = localise(sharded, mesh.tensor(strategy.tp))
+                self.graphs[name] = gather_batch(graph, mesh.data(strategy.tp))
+                evaluation[name] = without_dropout(self.graphs[name])
+            graph = self.graphs[name]
+            self.sharded.append(sharded)
+            self.training.append(Recompute(graph) if strategy.recompute else graph)
+            self.evaluation.append(evaluation[name])
+            remarks |= dict.fromkeys(sharded.remarks)
+        self.remarks = tuple(remarks)
+
+
+def _graph_name(class_name: str, strategy: Strategy) -> str:
+    parallel = f"tp{strategy.tp}" + (".sp" if strategy.sequence_parallel else "")
+    return f"{class_name} {parallel}.dp{strategy.dp}"
+
+
+@dataclass(frozen=True)
+class _Units:
+    """The parameter units in order of first use, and where each layer finds its parameters."""
+
+    ordered: tuple[ParameterUnit, ...]
+    of_layer: tuple[tuple[int, ...], ...]  # unit numbers that layer i calls
+    places: Mapping[str, tuple[int, int]]  # parameter name -> (unit number, index in the unit)
+
+
+def _parameter_units(
+    layered: LayeredGraph,
+    plan: Plan,
+    mesh: Mesh,
+    layers: _LayerModules,
+    precision: Precision,
+    device: torch.device,
+) -> _Units:
+    uses = Counter(name for layer in layered.layers for name in dict.fromkeys(layer.parameters))
+    units: list[ParameterUnit] = []
+    of_layer: list[tuple[int, ...]] = []
+    places: dict[str, tuple[int, int]] = {}
+    for index, layer in enumerate(layered.layers):
+        new = [name for name in dict.fromkeys(layer.parameters) if name not in places]
+        for shared in (False, True):
+            names = [name for name in new if (uses[name] > 1) == shared]
+            if names:
+                strategy = plan.strategies[index]
+                layouts = _layouts(layered, layer, names, layers.sharded[index], strategy)
+                values = [layered.graph.parameters[name] for name in names]
+                unit = ParameterUnit(
+                    layer.name + (" (shared)" if shared else ""),
+                    layouts,
+                    values,
+                    data=mesh.data(strategy.tp),
+                    tensor=mesh.tensor(strategy.tp),
+                    precision=precision,
+                    device=device,
+                    shared=shared,
+                )
+                places |= {name: (len(units), place) for place, name in enumerate(names)}
+                units.append(unit)
+        of_layer.append(tuple(dict.fromkeys(places[name][0] for name in layer.parameters)))
+    return _Units(tuple(units), tuple(of_layer), places)
+
+
+def _layouts(
+    layered: LayeredGraph,
+    layer: Layer,
+    names: Sequence[str],
+    sharded: ShardedLayer,
+    strategy: Strategy,
+) -> list[ParameterLayout]:
+    placements = dict(zip(layer.parameters, sharded.parameters, strict=True))
+    parameters = layered.graph.parameters
+    return [
+        ParameterLayout(
+            name=name,
+            shape=tuple(parameters[name].shape),
+            tensor=placements[name],
+            tp=strategy.tp,
+            dp=strategy.dp,
+            zero=strategy.zero,
+            requires_grad=parameters[name].requires_grad,
+        )
+        for name in names
+    ]
+
+
+class _Builder:
+    """Writes the outer graph: units, layers, fences, and conversions where the layout changes."""
+
+    def __init__(
+        self,
+        layered: LayeredGraph,
+        plan: Plan,
+        mesh: Mesh,
+        layers: _LayerModules,
+        units: _Units,
+        precision: Precision,
+        device: torch.device,
+    ) -> None:
+        self.layered, self.plan, self.mesh = layered, plan, mesh
+        self.layers, self.units = layers, units
+        self.buffers = {
+            name: precision.cast(value.to(device)) for name, value in layered.graph.buffers.items()
+        }
+
+    def build(self, modules: Sequence[torch.nn.Module]) -> fx.GraphModule:
+        root = torch.nn.Module()
+        root.units = torch.nn.ModuleList(self.units.ordered)
+        root.layers = torch.nn.ModuleList(modules)
+        root.fences = torch.nn.ModuleDict()
+        graph = fx.Graph(root)
+        values = self._inputs(graph)
+        seed = graph.placeholder("seed")
+        resharder = Resharder(graph, root, self.mesh)
+        last = len(self.layered.layers) - 1
+        for index in range(last + 1):
+            self._layer(index, graph, root, values, resharder, seed)
+        graph.output((values[self.layered.loss][0],))
+        graph.lint()
+        return fx.GraphModule(root, graph, class_name="StageProgram")
+
+    def _inputs(self, graph: fx.Graph) -> dict[str, tuple[fx.Node, Layout]]:
+        """A rank is given its share of the batch: as if a layer of that data degree had made it."""
+        share = self.plan.world_size // self.plan.data_size
+        inputs = self.layered.graph.inputs
+        values: dict[str, tuple[fx.Node, Layout]] = {}
+        for placeholder in self.layered.graph.module.graph.find_nodes(op="placeholder"):
+            name = placeholder.name
+            batch_dim = dict(zip(inputs.names, inputs.batch_dims, strict=True)).get(name)
+            data = R if batch_dim is None else S(batch_dim)
+            node = graph.placeholder(name)
+            node.meta.update(placeholder.meta)
+            values[name] = (node, Layout(share, R, data))
+        return values
+
+    def _layer(
+        self,
+        index: int,
+        graph: fx.Graph,
+        root: torch.nn.Module,
+        values: dict[str, tuple[fx.Node, Layout]],
+        resharder: Resharder,
+        seed: fx.Node,
+    ) -> None:
+        layer = self.layered.layers[index]
+        layer_class = self.layered.layer_class(layer)
+        strategy, sharded = self.plan.strategies[index], self.layers.sharded[index]
+        activations = [
+            resharder.convert(*values[name], Layout(strategy.tp, tensor, data))
+            for name, tensor, data in zip(
+                layer.inputs, sharded.inputs, layer_class.data_inputs, strict=True
+            )
+        ]
+        parameters = self._parameters(index, graph)
+        buffers = [self._buffer(name, graph, root) for name in layer.buffers]
+        mine = graph.call_function(
+            layer_seed, (seed, index, self.mesh.data(strategy.tp).index)
+        )
+        called = graph.call_module(
+            f"layers.{index}", (*activations, *parameters, *buffers, mine)
+        )
+        outputs = [graph.call_function(_item, (called, k)) for k in range(len(layer.outputs))]
+        outputs = self._fence(index, graph, root, outputs)
+        for name, node, tensor, data in zip(
+            layer.outputs, outputs, sharded.outputs, layer_class.data_outputs, strict=True
+        ):
+            node.meta["val"] = self._value(name)
+            values[name] = (node, Layout(strategy.tp, tensor, data))
+
+    def _parameters(self, index: int, graph: fx.Graph) -> list[fx.Node]:
+        tuples = {
+            unit: graph.call_module(f"units.{unit}") for unit in self.units.of_layer[index]
+        }
+        places = [self.units.places[name] for name in self.layered.layers[index].parameters]
+        return [graph.call_function(_item, (tuples[unit], k)) for unit, k in places]
+
+    def _buffer(self, name: str, graph: fx.Graph, root: torch.nn.Module) -> fx.Node:
+        attribute = "buffer_" + name.replace(".", "_")
+        if not hasattr(root, attribute):
+            root.register_buffer(attribute, self.buffers[name], persistent=False)
+        return graph.get_attr(attribute)
+
+    def _fence(
+        self, index: int, graph: fx.Graph, root: torch.nn.Module, outputs: list[fx.Node]
+    ) -> list[fx.Node]:
+        own = [self.units.ordered[unit] for unit in self.units.of_layer[index]]
+        gathered = [unit for unit in own if unit.zero == 3]
+        if not gathered:
+            return outputs
+        root.fences[str(index)] = BackwardFence(gathered)
+        called = graph.call_module(f"fences.{index}", tuple(outputs))
+        return [graph.call_function(_item, (called, k)) for k in range(len(outputs))]
+
+    def _value(self, name: str) -> object:
+        nodes = self.layered.graph.module.graph.nodes
+        return next(node.meta.get("val") for node in nodes if node.name == name)
+
+
+def _item(values: Sequence[object], index: int) -> object:
+    """``values[index]``; a named function so that the printed program says so."""
+    return values[index]
+

@@ -1,0 +1,91 @@
+"""The matrix: every plan gives the single process's loss and gradients (float64, 1e-9 relative)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+TOLERANCE = 1e-9
+
+TWO = [
+    "dp2", "dp2.zero1", "dp2.zero2", "dp2.zero3", "tp2", "tp2.sp",
+    "dp2; micro=2", "dp2.zero1; micro=2", "dp2.zero2; micro=4", "dp2.zero3; micro=2",
+    "dp2.zero3.recompute", "tp2.recompute", "tp2.sp.recompute; micro=2",
+    "all: dp2; blocks: tp2; 1: dp2.zero3; 2: tp2.sp.recompute; micro=2",
+]
+FOUR = [
+    "dp4", "dp4.zero2; micro=2", "dp4.zero3", "tp4", "tp4.recompute; micro=2", "tp4.sp",
+    "tp2.dp2", "tp2.dp2.zero1; micro=2", "tp2.dp2.zero2; micro=4", "tp2.dp2.zero3",
+    "tp2.sp.dp2.zero3.recompute; micro=2", "tp2.sp.dp2",
+    "all: tp2.dp2.zero2; 1: dp4.zero3.recompute; 2: tp4; micro=2",
+    "all: dp4.zero1; 1-2: tp2.sp.dp2; 3: tp4.recompute",
+]
+EIGHT = [
+    "dp8.zero3", "tp2.dp4.zero2", "tp4.dp2.zero3.recompute",
+    "all: tp2.dp4.zero3; 1: dp8; 2: tp4.sp.dp2.recompute",
+]
+TRAINED = {
+    "dp2.zero3; micro=2", "tp2.sp.recompute; micro=2", "dp2.zero1; micro=2", "tp2.dp2.zero3",
+    "all: tp2.dp2.zero2; 1: dp4.zero3.recompute; 2: tp4; micro=2", "tp4",
+}
+# Ten tokens (nine patches and the class token) do not divide over four ranks.
+IMPOSSIBLE = {("vit", "tp4.sp"), ("vit", "all: tp2.dp4.zero3; 1: dp8; 2: tp4.sp.dp2.recompute")}
+MODELS = ["odd_gpt", "llama", "gpt2", "bert", "vit"]
+
+
+def on_ranks(folder: str, model: str, plans: list[str], train: list[str]) -> Any:
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    import harness
+
+    return harness.compare(model, plans, train)
+
+
+@pytest.fixture(scope="module")
+def outcomes(ranks: Callable[[int], Any]) -> Callable[[str, int], dict[str, Any]]:
+    """All plans of one model at one world size, run once: capture is the slow part."""
+    known: dict[tuple[str, int], dict[str, Any]] = {}
+
+    def get(model: str, world_size: int) -> dict[str, Any]:
+        if (model, world_size) not in known:
+            plans = {2: TWO, 4: FOUR, 8: EIGHT}[world_size]
+            plans = [plan for plan in plans if (model, plan) not in IMPOSSIBLE]
+            train = [plan for plan in plans if plan in TRAINED]
+            results = ranks(world_size).run(
+                on_ranks, str(HERE), model, plans, train, timeout_s=600.0
+            )
+            known[model, world_size] = results[0]
+        return known[model, world_size]
+
+    return get
+
+
+def cases(plans: list[str]) -> list[tuple[str, str]]:
+    return [(m, p) for m in MODELS for p in plans if (m, p) not in IMPOSSIBLE]
+
+
+def check(outcome: Any) -> None:
+    assert outcome.loss < TOLERANCE, outcome
+    assert outcome.gradient < TOLERANCE, outcome
+    assert outcome.trained < TOLERANCE, outcome
+
+
+@pytest.mark.parametrize(("model", "plan"), cases(TWO))
+def test_two_ranks_equal_one(outcomes: Any, model: str, plan: str) -> None:
+    check(outcomes(model, 2)[plan])
+
+
+@pytest.mark.parametrize(("model", "plan"), cases(FOUR))
+def test_four_ranks_equal_one(outcomes: Any, model: str, plan: str) -> None:
+    check(outcomes(model, 4)[plan])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "plan"), cases(EIGHT))
+def test_eight_ranks_equal_one(outcomes: Any, model: str, plan: str) -> None:
+    check(outcomes(model, 8)[plan])

@@ -1,0 +1,200 @@
+"""ClusterProfile: what lies between points, what is refused, and whether presets make sense."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from galvatron_compile.cluster import ClusterProfile
+from galvatron_compile.cluster_json import dumps, loads
+from galvatron_compile.curves import CollectiveCurve, RateCurve, rising
+from galvatron_compile.errors import ProfileError
+
+SOURCE = "measured in a test"
+FEW = [(1e3, 0.1), (1e6, 0.5), (1e9, 200.0)]
+
+
+def curve(points: list[tuple[float, float]], ranks: int = 4) -> CollectiveCurve:
+    return CollectiveCurve("all_reduce", "node", ranks, tuple(points), SOURCE)
+
+
+def test_importing_and_presets_need_no_torch() -> None:
+    code = (
+        "import sys; from galvatron_compile.cluster import ClusterProfile as C; "
+        "str(C.preset('2x8xH100')); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_rates_and_collectives_hit_their_points() -> None:
+    rates = RateCurve("float32", ((1e6, 1e9), (1e9, 5e10)), SOURCE)
+    assert [rates.rate_flops_per_s(f) for f in (1e6, 1e9)] == pytest.approx([1e9, 5e10])
+    assert rates.rate_flops_per_s(math.sqrt(1e6 * 1e9)) == pytest.approx(math.sqrt(1e9 * 5e10))
+    assert [curve(FEW).ms(size) for size, _ in FEW] == pytest.approx([ms for _, ms in FEW])
+
+
+@given(st.lists(st.tuples(st.floats(1, 1e9), st.floats(1e-3, 1e3)), min_size=1, max_size=6))
+def test_time_never_falls_with_payload(raw: list[tuple[float, float]]) -> None:
+    sizes = sorted({round(size) for size, _ in raw})
+    points = rising([(float(s), ms) for s, (_, ms) in zip(sizes, raw, strict=False)])
+    probes = sorted([0.0, 0.5, 3e9, *sizes, *(s * 1.7 for s in sizes), *(s / 3 for s in sizes)])
+    times = [curve(list(points)).ms(probe) for probe in probes]
+    assert all(a <= b * (1 + 1e-9) for a, b in zip(times, times[1:], strict=False))
+
+
+def test_rising_pools_what_noise_put_out_of_order() -> None:
+    assert rising([(1, 1.0), (2, 4.0), (3, 2.0), (4, 9.0)]) == (
+        (1, 1.0),
+        (2, 3.0),
+        (3, 3.0),
+        (4, 9.0),
+    )
+
+
+def test_unmeasured_group_sizes_lie_between_and_beyond_their_neighbours() -> None:
+    profile = ClusterProfile.preset("64xH100")
+    sizes = (2, 3, 4, 6, 8, 12, 16, 31, 64)
+    times = [profile.collective_ms("all_gather", 2**20, range(n)) for n in sizes]
+    assert times == sorted(times) and len(set(times)) == len(times)
+    small = loads(dumps(profile).replace('"ranks_per_node": 64', '"ranks_per_node": 128'))
+    assert small.collective_ms("all_gather", 2**20, range(128)) > times[-1]
+
+
+def test_ranks_choose_the_tier() -> None:
+    profile = ClusterProfile.preset("4x8xA100-80GB")
+    assert profile.tier(range(8)) == "node" and profile.tier(range(8, 16)) == "node"
+    assert profile.tier((7, 8)) == "cluster"
+    inside = profile.collective_ms("all_reduce", 2**26, (0, 1))
+    assert profile.collective_ms("all_reduce", 2**26, (0, 8)) > 5 * inside
+    assert profile.collective_ms("all_reduce", 2**26, (3,)) == 0
+    assert profile.collective_ms("all_reduce", 0, range(32)) == 0
+
+
+def test_missing_ranks_kinds_and_dtypes_are_refused() -> None:
+    profile = ClusterProfile.preset("8xH100")
+    with pytest.raises(ProfileError, match="1 x 8 ranks, but rank 8 was asked for"):
+        profile.collective_ms("all_reduce", 1, (0, 8))
+    with pytest.raises(ProfileError, match="no time of gossip inside a node"):
+        profile.collective_ms("gossip", 1, (0, 1))
+    with pytest.raises(ProfileError, match="no matmul rate for int8; it has: bfloat16"):
+        profile.matmul_ms(1e9, "torch.int8")
+
+
+def test_operators_take_the_slowest_of_overhead_memory_and_arithmetic() -> None:
+    profile = ClusterProfile.preset("H200")
+    assert profile.matmul_ms(1e3, "bfloat16") == profile.launch_overhead_ms.value
+    assert profile.matmul_ms(2 * 8192**3, "bfloat16") == pytest.approx(
+        1.388, rel=0.02
+    )  # 792 TFLOP/s
+    thin = profile.matmul_ms(1e9, "bfloat16", num_bytes=4.3e9)
+    assert thin == pytest.approx(1.0) == pytest.approx(profile.memory_ms(4.3e9))
+
+
+@pytest.mark.parametrize("gpu", ClusterProfile.presets())
+def test_presets_are_sane_and_say_that_they_are_defaults(gpu: str) -> None:
+    profile = ClusterProfile.preset(f"2x8x{gpu}")
+    assert profile.world_size == 16 and not profile.is_measured
+    assert str(profile).startswith("NOT MEASURED")
+    for what, source in profile.sources().items():
+        assert source.startswith("default: ") and len(source) > 30, what
+    for kind, limit in (("all_reduce", 2.0), ("all_gather", 1.0)):
+        node = profile.collective_ms(kind, 2**28, range(8))
+        cluster = profile.collective_ms(kind, 2**28, range(16))
+        assert node < cluster, kind
+        bus_bytes_per_s = 1e3 * limit * 7 / 8 * 2**28 / node
+        assert 5e9 < bus_bytes_per_s < 1e12
+    rates = {c.dtype: c.points[-1][1] for c in profile.matmul}
+    assert rates["bfloat16"] > rates["float32"] > rates["float64"]
+    reduce_ms, scatter_ms, gather_ms = (
+        profile.collective_ms(kind, 2**28, range(8))
+        for kind in ("all_reduce", "reduce_scatter", "all_gather")
+    )
+    assert max(scatter_ms, gather_ms) < reduce_ms < 1.05 * (scatter_ms + gather_ms)
+
+
+def test_newer_presets_are_faster() -> None:
+    order = [ClusterProfile.preset(f"8x{gpu}") for gpu in ("L4", "A100-80GB", "H100", "B200")]
+    products = [profile.matmul_ms(1e12, "bfloat16") for profile in order]
+    reductions = [profile.collective_ms("all_reduce", 2**28, range(8)) for profile in order]
+    assert products == sorted(products, reverse=True)
+    assert reductions == sorted(reductions, reverse=True)
+
+
+def test_all_reduce_over_four_nodes_follows_the_calibration() -> None:
+    profile = ClusterProfile.preset("4x8xA100-80GB")
+    measured = {1: 17, 4: 40, 64: 85, 256: 91, 1024: 94}  # MiB: GB/s on the bus; 16 MiB is uneven
+    for mib, bus_gb_per_s in measured.items():
+        ms = profile.collective_ms("all_reduce", mib * 2**20, range(32))
+        assert 2 * 31 / 32 * mib * 2**20 / ms / 1e6 == pytest.approx(bus_gb_per_s, rel=0.15)
+
+
+def test_preset_names() -> None:
+    assert ClusterProfile.preset("h100").world_size == 1
+    assert ClusterProfile.preset("128x8xH100").num_nodes == 128
+    with pytest.raises(ProfileError, match="no preset '8xH1000'; .* A100-40GB, A100-80GB, H100"):
+        ClusterProfile.preset("8xH1000")
+    with pytest.raises(ProfileError, match="must be at least 1"):
+        ClusterProfile.preset("0xH100")
+
+
+def test_json_round_trip(tmp_path: Path) -> None:
+    profile = ClusterProfile.preset("2x4xL40S")
+    profile.save(tmp_path / "cluster.json")
+    assert ClusterProfile.load(tmp_path / "cluster.json") == profile
+
+
+def _without(field: str) -> Any:
+    return lambda raw: raw.pop(field)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (_without("memory"), "memory is missing"),
+        (_without("schema"), "schema is missing"),
+        (lambda raw: raw.update(schema=7), "schema is 7, this version reads 1"),
+        (lambda raw: raw.update(extra=1), "extra is not a field"),
+        (lambda raw: raw.update(num_nodes="2"), 'num_nodes must be a whole number, got "2"'),
+        (lambda raw: raw.update(num_nodes=0), "num_nodes must be at least 1"),
+        (lambda raw: raw.update(device=[]), "device must be an object"),
+        (lambda raw: raw.update(matmul=[]), "matmul has no rates"),
+        (lambda raw: raw["memory"].update(value=-1), "memory.value is -1"),
+        (lambda raw: raw["memory"].update(value=float("nan")), "memory.value is nan"),
+        (lambda raw: raw["memory"].update(source="a friend"), "memory.source must start with"),
+        (lambda raw: raw["overlap"].update(joint=0.5), "overlap.joint is 0.5"),
+        (lambda raw: raw["overlap"].update(joint=True), "overlap.joint must be a number"),
+        (lambda raw: raw["matmul"][1]["points"].reverse(), r"matmul\[1\]: .*sizes must rise"),
+        (lambda raw: raw["matmul"][0]["points"].clear(), r"matmul\[0\]: .*no points"),
+        (lambda raw: raw["matmul"].append(raw["matmul"][0]), "lists bfloat16 twice"),
+        (
+            lambda raw: raw["collectives"][3].update(points=[[1, 2, 3]]),
+            r"collectives\[3\].points\[0\] must be \[size, value\]",
+        ),
+        (lambda raw: raw["collectives"][0].update(kind="x"), r"collectives\[0\]: .*kind 'x'"),
+    ],
+)
+def test_malformed_profiles_are_refused_by_field(spoil: Any, message: str, tmp_path: Path) -> None:
+    raw = copy.deepcopy(json.loads(dumps(ClusterProfile.preset("2x2xL4"))))
+    spoil(raw)
+    path = tmp_path / "bad.json"
+    path.write_text(json.dumps(raw))
+    with pytest.raises(ProfileError, match=message) as caught:
+        ClusterProfile.load(path)
+    assert "bad.json" in str(caught.value)
+
+
+def test_unreadable_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ProfileError, match="cannot read .*none.json"):
+        ClusterProfile.load(tmp_path / "none.json")
+    (tmp_path / "text.json").write_text("{not json")
+    with pytest.raises(ProfileError, match="not JSON"):
+        ClusterProfile.load(tmp_path / "text.json")

@@ -1,0 +1,99 @@
+"""Measuring: structure and agreement of what comes out, never how fast this machine is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from galvatron_compile import profiling
+from galvatron_compile.cli import app
+from galvatron_compile.cluster import ClusterProfile
+from galvatron_compile.curves import KINDS
+from galvatron_compile.profiling_collectives import groups_of
+
+TINY = profiling.Sizes((16, 32), (8, 16), 2, 2**16, (1024, 8192), 0.005)
+
+
+def test_lone_process_measures_computation() -> None:
+    seen: list[tuple[int, int, str]] = []
+    profile = profiling.measure(lambda *step: seen.append(step), sizes=TINY)
+    assert profile.is_measured and profile.world_size == 1 and not profile.collectives
+    assert {c.dtype for c in profile.matmul} >= {"float32", "bfloat16", "float64"}
+    assert [flops for flops, _ in profile.matmul[0].points] == [2 * 16**3, 2 * 32**3]
+    assert profile.attention_ms(1e6, "float32") > 0 and profile.memory_ms(1e9) > 0
+    assert profile.memory_bytes > 0 and profile.overlap_slowdown == 1
+    assert [done for done, _, _ in seen] == list(range(seen[-1][1] + 1))
+    assert "measured on" in str(profile) and "torch" in profile.memory.source
+
+
+def _measure_and_count_groups(local_world_size: int) -> tuple[Any, bool, int]:
+    import os
+
+    import torch.distributed as dist
+
+    os.environ["LOCAL_WORLD_SIZE"] = str(local_world_size)
+    tiny = profiling.Sizes((16, 32), (8,), 2, 2**16, (1024, 8192), 0.005)
+    try:
+        profile = profiling.measure(sizes=tiny)
+    finally:
+        del os.environ["LOCAL_WORLD_SIZE"]
+    dist.barrier()  # the caller's group still works
+    return profile, dist.is_initialized(), dist.get_world_size()
+
+
+def test_two_ranks_measure_every_collective_and_agree(ranks: Callable[[int], Any]) -> None:
+    answers = ranks(2).run(_measure_and_count_groups, 2)
+    profile = answers[0][0]
+    assert all(answer == (profile, True, 2) for answer in answers)
+    assert {(c.kind, c.tier, c.num_ranks) for c in profile.collectives} == {
+        (kind, "node", 2) for kind in KINDS
+    }
+    for curve in profile.collectives:
+        assert [payload for payload, _ in curve.points] == [1024, 8192]
+        assert curve.points[0][1] <= curve.points[1][1]
+    assert profile.overlap_slowdown >= 1 and profile.is_measured and "gloo" in str(profile)
+
+
+def test_two_nodes_of_one_rank_measure_the_cluster_tier(ranks: Callable[[int], Any]) -> None:
+    profile = ranks(2).run(_measure_and_count_groups, 1)[0][0]
+    assert (profile.num_nodes, profile.ranks_per_node) == (2, 1)
+    assert {c.tier for c in profile.collectives} == {"cluster"}
+    assert profile.collective_ms("p2p", 4096, (0, 1)) > 0
+
+
+def test_groups_are_neighbours_in_a_node_and_strided_across_nodes() -> None:
+    assert groups_of(5, 2, 4) == [
+        ("node", (4, 5)),
+        ("node", (4, 5, 6, 7)),
+        ("cluster", (1, 5)),
+        ("cluster", (1, 3, 5, 7)),
+        ("cluster", tuple(range(8))),
+    ]
+    for size in (g for _, g in groups_of(17, 128, 8)):
+        assert 17 in size
+    assert len(groups_of(0, 128, 8)) <= 12
+
+
+def test_command_measures_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_measure = profiling.measure
+    monkeypatch.setattr(
+        profiling, "measure", lambda progress, quick: tiny_measure(progress, quick, TINY)
+    )
+    out = tmp_path / "c.json"
+    result = CliRunner().invoke(app, ["profile", "--quick", "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    assert "Matrix products" in result.output and "NOT MEASURED" not in result.output
+    assert ClusterProfile.load(out).is_measured
+
+
+def test_command_shows_presets_and_refuses_unknown_ones() -> None:
+    result = CliRunner().invoke(app, ["profile", "--preset", "8xH200"])
+    assert result.exit_code == 0 and "NOT MEASURED" in result.output
+    assert "all_reduce" in result.output and "Sources" in result.output
+    refused = CliRunner().invoke(app, ["profile", "--preset", "8xTPU"])
+    assert refused.exit_code == 2 and "no preset '8xTPU'" in refused.output
+    assert "Traceback" not in refused.output

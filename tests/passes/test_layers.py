@@ -1,0 +1,198 @@
+"""Layers: composed in order they are the model; equal ones share a class; names do not matter."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from galvatron_compile.graph import note
+from galvatron_compile.interpret import run_graph, run_layers
+from galvatron_compile.passes.capture import capture
+from galvatron_compile.passes.layers import find_layers
+from galvatron_compile.placement import S
+from galvatron_compile.printer import fingerprint
+
+sys.path.insert(0, str(Path(__file__).parent))
+import captured_models as models
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+@pytest.fixture(autouse=True)
+def _float64() -> Iterator[None]:
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("blocks", [2, 3])
+@pytest.mark.parametrize("tied", [True, False])
+def test_layers_of_a_hand_written_gpt_compose_to_the_model(blocks: int, tied: bool) -> None:
+    model = models.OddGPT(blocks, tied)
+    layered = find_layers(capture(model, models.token_batch(4)))
+    names = [layer.name for layer in layered.layers]
+    assert names == ["embedding", *(f"plums.{n}" for n in range(blocks)), "norm", "head"]
+    assert len(layered.classes) == 4
+    batch = models.token_batch(5)
+    reference = models.eager(model, model(**batch))
+    models.assert_equal_to(reference, model, run_layers(layered, batch))
+    assert ("apple.weight" in layered.layers[-1].parameters) is tied
+
+
+@pytest.mark.parametrize(
+    ("kind", "names", "classes"),
+    [
+        ("llama", ["embedding", *(f"model.layers.{n}" for n in range(3)), "norm", "head"], 4),
+        ("llama_tied", ["embedding", *(f"model.layers.{n}" for n in range(3)), "norm", "head"], 4),
+        ("gpt2", ["embedding", *(f"transformer.h.{n}" for n in range(3)), "norm", "head"], 4),
+        ("bert", None, 4),
+        ("vit", None, 4),
+        ("t5", None, 8),
+    ],
+)
+def test_layers_of_transformers_models_compose_to_the_model(
+    kind: str, names: list[str] | None, classes: int
+) -> None:
+    model, batches = models.transformers_model(kind)
+    graph = capture(model, batches(4))
+    layered = find_layers(graph)
+    found = [layer.name for layer in layered.layers]
+    assert names is None or found == names
+    assert len(layered.classes) == classes, str(layered)
+    batch = batches(3)
+    reference = models.eager(model, model(**batch).loss)
+    models.assert_equal_to(reference, model, run_graph(graph, batch))
+    models.assert_equal_to(reference, model, run_layers(layered, batch))
+
+
+def test_every_node_is_in_one_layer_and_layers_depend_on_earlier_ones_only() -> None:
+    model, batches = models.transformers_model("t5")
+    layered = find_layers(capture(model, batches(4)))
+    known = set(layered.graph.inputs.names)
+    for layer in layered.layers:
+        assert known.issuperset(layer.inputs), layer.name
+        assert known.isdisjoint(layer.outputs)
+        known.update(layer.outputs)
+    assert layered.loss in known
+
+
+def test_no_batch_size_crosses_a_cut() -> None:
+    layered = find_layers(capture(models.OddGPT(), models.token_batch(4)))
+    for layer_class in layered.classes:
+        places = layer_class.graph.graph.find_nodes(op="placeholder")
+        assert all(isinstance(p.meta["val"], torch.Tensor) for p in places)
+        assert len(places) == len(layer_class.kinds)
+        assert list(layer_class.kinds) == sorted(
+            layer_class.kinds, key=["activation", "parameter", "buffer"].index
+        )
+
+
+def test_renaming_every_module_changes_no_fingerprint() -> None:
+    odd = find_layers(capture(models.OddGPT(), models.token_batch(4)))
+    renamed = find_layers(capture(models.RenamedGPT(), models.token_batch(4, ids="x", labels="y")))
+    assert fingerprint(odd) == fingerprint(renamed)
+    shorter = find_layers(capture(models.OddGPT(2), models.token_batch(4)))
+    untied = find_layers(capture(models.OddGPT(tied=False), models.token_batch(4)))
+    assert len({fingerprint(found) for found in (odd, shorter, untied)}) == 3
+
+
+def test_frozen_blocks_are_a_class_of_their_own() -> None:
+    model = models.OddGPT(4)
+    model.plums[1].requires_grad_(False)
+    layered = find_layers(capture(model, models.token_batch(4)))
+    indices = [layer.class_index for layer in layered.layers]
+    assert indices == [0, 1, 2, 1, 1, 3, 4]
+
+
+def test_a_sequential_model_is_cut_at_its_members() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    batch = (torch.randn(4, 8), torch.randint(0, 3, (4,)))
+    layered = find_layers(
+        capture(model, batch, lambda out, given: nn.functional.cross_entropy(out, given[1]))
+    )
+    assert [layer.class_index for layer in layered.layers] == [0, 0, 1, 2]
+    reference = models.eager(model, nn.functional.cross_entropy(model(batch[0]), batch[1]))
+    models.assert_equal_to(reference, model, run_layers(layered, batch))
+
+
+class NoBlocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.three = nn.Linear(8, 16), nn.Linear(16, 6), nn.Linear(6, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.relu(self.one(x)).view(x.shape[0], 2, 8)
+        h = torch.tanh(self.two(h.reshape(x.shape[0], 16)))
+        return (self.three(h) + x.sum(1, keepdim=True)).square().mean()
+
+
+def test_a_model_without_blocks_is_cut_where_one_value_crosses() -> None:
+    model = NoBlocks()
+    layered = find_layers(capture(model, (torch.randn(4, 8),)))
+    assert len(layered.layers) > 1
+    assert all(len(layer.outputs) == 1 for layer in layered.layers)
+    batch = (torch.randn(7, 8),)
+    reference = models.eager(model, model(*batch))
+    models.assert_equal_to(reference, model, run_layers(layered, batch))
+
+
+class Skips(nn.Module):
+    """No blocks, and a block-free parameter tensor added at the end: one layer is right too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x * self.weight).sum(1).mean()
+
+
+def test_a_model_of_one_parameter_is_one_layer() -> None:
+    layered = find_layers(capture(Skips(), (torch.randn(4, 8),)))
+    assert len(layered.layers) == 1
+
+
+class SizesOnly(nn.Module):
+    """Blocks that ask for the batch size of a value with batch and length merged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch = x.shape[0]
+        h = x.reshape(batch * 6, 4)
+        for block in self.blocks:
+            h = block(h.view(batch, 6, 4)).reshape(batch * 6, 4) + h
+        return h.square().mean()
+
+
+def test_batch_sizes_are_computed_again_from_merged_dims() -> None:
+    model = SizesOnly()
+    layered = find_layers(capture(model, (torch.randn(4, 6, 4),)))
+    assert all("x" not in layer.inputs for layer in layered.layers[2:])
+    batch = (torch.randn(3, 6, 4),)
+    reference = models.eager(model, model(*batch))
+    models.assert_equal_to(reference, model, run_layers(layered, batch))
+
+
+def test_data_placements_noted_on_nodes_reach_the_classes() -> None:
+    graph = capture(models.OddGPT(), models.token_batch(4))
+    for node in graph.module.graph.nodes:
+        value = node.meta["val"]
+        if isinstance(value, torch.Tensor) and value.dim() == 3 and node.op == "call_function":
+            note(node, data="S(0)")
+    layered = find_layers(graph)
+    block = layered.layer_class(layered.layers[1])
+    assert block.data_inputs == (S(0),) and block.data_outputs == (S(0),)
+
+
+def test_printed_layers_are_the_golden_ones() -> None:
+    layered = find_layers(capture(models.OddGPT(), models.token_batch(4)))
+    assert f"{layered}\n" == (GOLDEN / "layers_odd_gpt.txt").read_text()

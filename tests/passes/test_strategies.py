@@ -1,0 +1,46 @@
+"""The decision tree of strategies."""
+
+from __future__ import annotations
+
+import pytest
+
+from galvatron_compile.errors import ShapeError
+from galvatron_compile.passes.strategies import RULES, enumerate_strategies
+
+
+def test_all_strategies_of_two_ranks() -> None:
+    plain = ["dp2", "dp2.zero1", "dp2.zero2", "dp2.zero3", "tp2", "tp2.sp"]
+    expected = [name + again for name in plain for again in ("", ".recompute")]
+    assert [str(strategy) for strategy in enumerate_strategies(2)] == expected
+
+
+def test_one_rank_only_recomputes_or_not() -> None:
+    assert [str(strategy) for strategy in enumerate_strategies(1)] == ["dp1", "dp1.recompute"]
+
+
+def test_every_strategy_uses_all_ranks_and_none_comes_twice() -> None:
+    for world_size in range(1, 13):
+        strategies = enumerate_strategies(world_size)
+        assert len(set(strategies)) == len(strategies)
+        assert all(strategy.num_ranks == world_size for strategy in strategies)
+        tps = {strategy.tp for strategy in strategies}
+        assert tps == {tp for tp in range(1, world_size + 1) if world_size % tp == 0}
+
+
+def test_limits_cut_branches() -> None:
+    strategies = enumerate_strategies(
+        8, global_batch_size=4, max_tp=4, sequence_parallel=False, zero_stages=(3,), recompute=False
+    )
+    assert [str(strategy) for strategy in strategies] == ["tp2.dp4.zero3", "tp4.dp2.zero3"]
+    only = enumerate_strategies(2, zero_stages=(3,), sequence_parallel=False, recompute=False)
+    assert [str(strategy) for strategy in only] == ["dp2.zero3", "tp2"]
+
+
+def test_a_batch_that_no_degree_divides_is_refused_with_the_remedy() -> None:
+    with pytest.raises(ShapeError, match=r"global batch of 3 over 8 ranks.* use a multiple of 2"):
+        enumerate_strategies(8, global_batch_size=3, max_tp=4)
+
+
+def test_every_rule_says_why() -> None:
+    assert len({rule.name for rule in RULES}) == len(RULES)
+    assert all(len(rule.reason) > 20 for rule in RULES)
