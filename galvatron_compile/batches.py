@@ -20,12 +20,12 @@ def flatten_batch(batch: Any, inputs: InputSpec) -> list[torch.Tensor]:
     argument. Raises ShapeError where the structure is not that of the example inputs.
     """
     template = pytree.tree_unflatten(list(range(len(inputs.names))), inputs.tree)
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = {}
     if isinstance(batch, Mapping):
-        args, kwargs = (), _without_constants(batch, inputs)
-    elif isinstance(batch, tuple | list):
-        args, kwargs = tuple(batch), {}
+        kwargs = batch
     else:
-        args, kwargs = (batch,), {}
+        args = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
     found: dict[int, torch.Tensor] = {}
     _match(tuple(template[0]), args, "batch", found)
     _match(dict(template[1]), kwargs, "batch", found)

@@ -92,7 +92,12 @@ def compile(
     mesh = Mesh.create(job.world_size, job.rank, mesh_degrees(decision.plan))
     program = job.together(lambda: build(layered, decision, mesh, setting))
     return ParallelModel(
-        program, precision=setting.precision, device=job.device, seed=seed, search=decision.report
+        program,
+        setting.precision,
+        device=job.device,
+        seed=seed,
+        search=decision.report,
+        state_names=tuple(model.state_dict()),
     )
 
 
@@ -194,6 +199,17 @@ def build(
     return rewrite(
         layered, decision.plan, mesh, decision.shardings, setting.precision, setting.job.device
     )
+
+
+def describe(decision: Decision, program: StageProgram, setting: Setting) -> str:
+    """What was chosen, from which candidates, on which numbers; for people."""
+    plan = decision.plan
+    measured = "measured" if setting.cluster.is_measured else "DEFAULTS, not measured here"
+    parts = [str(decision.report)] if decision.report else []
+    parts += [f"plan: {notation.format(plan)}", str(plan)]
+    parts += [f"hardware numbers of {setting.cluster.name!r}: {measured}"]
+    parts += [f"remark: {remark}" for remark in program.remarks]
+    return "\n\n".join(parts)
 
 
 def broadcast_parameters(graph: Graph, job: Job) -> None:

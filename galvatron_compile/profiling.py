@@ -50,6 +50,7 @@ class Sizes:
     copy_bytes: int
     payloads_bytes: tuple[int, ...]
     point_s: float
+    limit_s: float = 40.0
 
 
 _CPU = Sizes(
@@ -57,7 +58,7 @@ _CPU = Sizes(
     (4 * KIB, 64 * KIB, 512 * KIB, 4 * MIB, 32 * MIB), 0.15,
 )  # fmt: skip
 _CPU_QUICK = Sizes(
-    (64, 256, 512), (64, 256), 4, 32 * MIB, (4 * KIB, 256 * KIB, 4 * MIB), 0.05
+    (64, 256, 512), (64, 256), 4, 32 * MIB, (4 * KIB, 256 * KIB, 4 * MIB), 0.05, 8.0
 )  # fmt: skip
 _CUDA = Sizes(
     (256, 512, 1024, 2048, 4096, 8192), (256, 512, 1024, 2048, 4096, 8192), 16, 1024 * MIB,
@@ -115,7 +116,7 @@ class _Measurement:
 
     def __init__(self, device: torch.device, sizes: Sizes, progress: Progress | None) -> None:
         self.device, self.sizes, self.progress = device, sizes, progress
-        self.watch = Stopwatch(device, sizes.point_s)
+        self.watch = Stopwatch(device, sizes.point_s, sizes.limit_s)
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.num_nodes, self.per_node = _layout()
         self.source = _source(device, self.num_nodes, self.per_node)

@@ -43,11 +43,9 @@ class SearchReport:
     num_left_out: int = 0
 
     def __str__(self) -> str:
-        best = self.best.predicted
-        rows = [
-            ["best plan", str(self.best.num_micro_batches), ms(best["step_ms"])]
-            + [mib(best["memory_bytes"]), "yes", "the optimum over all assignments"]
-        ]
+        best, count = self.best.predicted, str(self.best.num_micro_batches)
+        numbers = [ms(best["step_ms"]), mib(best["memory_bytes"])]
+        rows = [["best plan", count, *numbers, "yes", "the optimum over all assignments"]]
         rows += [_row(candidate) for candidate in self.candidates]
         header = ["strategy", "micro-batches", "step ms", "MiB", "fits", "verdict"]
         # The verdict is prose: flush left behind columns of numbers.

@@ -140,6 +140,7 @@ class _Attempt:
         if summed_up is not None:
             self.place(node, summed_up, False)
             return
+        inputs = tensor_inputs(node)  # a number may have become a tensor
         if not forced:
             placed = [self.placement(value, node) for value in inputs]
             for new in mean_as_sum(node, inputs, placed, self.denominators):
@@ -153,8 +154,9 @@ class _Attempt:
         """Handle ``arange(batch)``; check what a batch index is used for."""
         name = packet_name(node.target)
         if name == "arange" and quotient(size_of(node.meta["val"].shape[0]), self.symbol):
-            plain = {packet_name(node.target)} and size_of(node.meta["val"].shape[0]) == self.symbol
-            if not plain or (len(node.args) > 1 and node.args[0] != 0) or len(node.args) > 2:
+            whole = size_of(node.meta["val"].shape[0]) == self.symbol
+            from_zero = len(node.args) == 1 or (len(node.args) == 2 and node.args[0] == 0)
+            if not (whole and from_zero):
                 self.mix(node, "counts through the batch")
             self.place(node, S(0), False)
             note(node, batch_index=True)

@@ -90,7 +90,8 @@ def broken_by_other_batches(condition: Any) -> bool:
     if len(symbols) != 1:  # only the batch is symbolic; two symbols are two spellings of it
         return False
     symbol = next(iter(symbols))
-    return sum(condition.subs(symbol, size) == False for size in _PROBES) >= 2  # noqa: E712
+    broken = [size for size in _PROBES if condition.subs(symbol, size) == False]  # noqa: E712
+    return len(broken) >= 2
 
 
 def first_restriction(value: torch.Tensor) -> tuple[Any, str | None] | None:

@@ -150,7 +150,7 @@ class _Cutter:
         return None
 
     def _scaled(self, node: fx.Node) -> fx.Node:
-        """k × batch, read from a dim that is m × batch."""
+        """k times the batch, read from a dim that is m times the batch."""
         wanted = self._multiple(node.meta["val"])
         for source in self.activations:
             for dim, size in enumerate(source.meta["val"].shape):

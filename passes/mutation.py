@@ -85,7 +85,8 @@ class Mutations:
                 continue
             stale.add(view)
             if any(self.order.get(user, -1) > now for user in self._users(view)):
-                args, kwargs = fx.node.map_arg((view.args, view.kwargs), lambda n: env[n])
+                mapped: Any = fx.node.map_arg((view.args, view.kwargs), lambda n: env[n])
+                args, kwargs = mapped
                 args = (env[base], *args[1:])
                 env[view] = self.emit(view.target, args, kwargs, view, view.meta["val"])
 
@@ -96,7 +97,8 @@ class Mutations:
 
     def functional(self, node: fx.Node, env: dict[fx.Node, Any]) -> fx.Node:
         """The value that in-place ``node`` leaves in its first argument."""
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
+        mapped: Any = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
+        args, kwargs = mapped
         packet, _, overload = str(node.target).removeprefix("aten.").rpartition(".")
         written = args[0]
         if packet == "copy_":

@@ -104,5 +104,5 @@ class Resharder:
         if axis.name not in self.axes:
             setattr(self.root, f"axis_{axis.name}", axis)
             # The axis is a plain object, so it must stand before its first use in the graph.
-            self.axes[axis.name] = self.graph.get_attr(f"axis_{axis.name}")
+            self.axes[axis.name] = self.graph.create_node("get_attr", f"axis_{axis.name}")
         return self.axes[axis.name]

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 SPLIT_PRICE = 300.0  # units, for all products of a class and once more for all their weights
 LATENCY = 0.1  # units per collective
 ELEMENTWISE = 0.01  # units for one unit of bytes that every rank writes
+# The same under sequence parallel, whose purpose is that no rank keeps whole activations: without
+# it a residual stream kept whole wins, which moves as many bytes with fewer collectives.
+ELEMENTWISE_SEQUENCE = 0.5
 LOCAL = 2e-3  # units per conversion, so that none is inserted for nothing
 DEFERRED = 1e-3  # units per unit of bytes, for a gradient summed once a step
 TIE = {"R": 0.0, "S": 1e-4, "V": 2e-4, "P": 4e-4}
@@ -104,6 +107,7 @@ class Prices:
 
     layer_class: LayerClass
     size: int
+    sequence_parallel: bool
     inputs: dict[fx.Node, tuple[fx.Node, ...]] = field(repr=False)  # tensor inputs of every node
 
     @cached_property
@@ -155,7 +159,8 @@ class Prices:
         if node in self.flops:
             total = sum(self.flops.values()) or 1.0
             return price + SPLIT_PRICE * share * self.flops[node] / total
-        return price + ELEMENTWISE * share * sum(map(self._units, output_values(node)))
+        each = ELEMENTWISE_SEQUENCE if self.sequence_parallel else ELEMENTWISE
+        return price + each * share * sum(map(self._units, output_values(node)))
 
     def parameter(self, node: fx.Node, placement: Placement) -> float:
         price = _tie(placement)

@@ -122,7 +122,8 @@ def build_problem(
     rules[output] = (Rule("boundary", tuple(boundary[node] for node in results), ()),)
     uses[output] = tuple(map(value_of, results))
     _add_placeholders(layer_class, boundary, fixed, rules, uses)
-    return Problem(layer_class, tp, rules, uses, Prices(layer_class, tp, inputs))
+    prices = Prices(layer_class, tp, sequence_parallel, inputs)
+    return Problem(layer_class, tp, rules, uses, prices)
 
 
 def _node_rules(node: fx.Node, tp: int, outers: tuple[Any, ...]) -> tuple[Rule, ...]:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from galvatron_compile.placement import R, V
 from galvatron_compile.passes.sharding.rules_base import (
     Emit,
     Emitter,
@@ -30,6 +29,7 @@ from galvatron_compile.passes.sharding.rules_matmul import MATMUL
 from galvatron_compile.passes.sharding.rules_reduce import REDUCE
 from galvatron_compile.passes.sharding.rules_shape import SHAPE
 from galvatron_compile.passes.sharding.views import Size, can_shard, map_shard, shape_of
+from galvatron_compile.placement import R, V
 
 __all__ = ["Emit", "Emitter", "Rule", "candidates", "outers_of", "rule_function", "tensor_inputs"]
 

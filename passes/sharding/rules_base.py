@@ -12,8 +12,8 @@ import torch
 from torch import fx
 
 from galvatron_compile.graph import noted
-from galvatron_compile.placement import Placement, R, S, V
 from galvatron_compile.passes.sharding.views import Size, can_shard, map_shard, shape_of, size_of
+from galvatron_compile.placement import Placement, R, S, V
 
 Emit = Callable[["Emitter"], fx.Node]
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from galvatron_compile.placement import P, Placement, R, S
 from galvatron_compile.passes.sharding.rules_base import (
     Rule,
     RuleFunction,
@@ -16,6 +15,7 @@ from galvatron_compile.passes.sharding.rules_base import (
     aligned,
 )
 from galvatron_compile.passes.sharding.views import shape_of
+from galvatron_compile.placement import P, Placement, R, S
 
 # Element by element like those that torch tags as pointwise, but without the tag.
 UNTAGGED_POINTWISE = frozenset(

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from torch import fx
 
 from galvatron_compile.graph import noted
-from galvatron_compile.placement import P, Placement, R, S, V
 from galvatron_compile.passes.sharding.rules_base import (
     Emitter,
     Rule,
@@ -16,6 +15,7 @@ from galvatron_compile.passes.sharding.rules_base import (
     normal_dim,
 )
 from galvatron_compile.passes.sharding.views import Size, shape_of
+from galvatron_compile.placement import P, Placement, R, S, V
 
 
 def embedding(site: Site) -> Iterator[Rule]:

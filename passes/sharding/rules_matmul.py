@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 
 from torch import fx
 
-from galvatron_compile.placement import P, Placement, S, V
 from galvatron_compile.passes.sharding.rules_base import Rule, RuleFunction, Site, aligned
 from galvatron_compile.passes.sharding.views import Size, shape_of
+from galvatron_compile.placement import P, Placement, S, V
 
 BATCH_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVW"
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 from torch import fx
 
-from galvatron_compile.placement import P, Placement, R, S
 from galvatron_compile.passes.sharding.rules_base import (
     Emitter,
     Rule,
@@ -18,6 +17,7 @@ from galvatron_compile.passes.sharding.rules_base import (
 )
 from galvatron_compile.passes.sharding.rules_shape import others
 from galvatron_compile.passes.sharding.views import shape_of
+from galvatron_compile.placement import P, Placement, R, S
 
 NONE, MEAN, SUM = 0, 1, 2  # torch's codes of a loss's reduction
 

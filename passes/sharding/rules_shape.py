@@ -7,18 +7,20 @@ from typing import Any
 
 from torch import fx
 
-from galvatron_compile.placement import P, R, S, V
 from galvatron_compile.passes.sharding.rules_base import (
     Emit,
     Emitter,
     Rule,
     RuleFunction,
     Site,
+    aligned,
     entry_size,
     normal_dim,
     normal_dims,
 )
 from galvatron_compile.passes.sharding.views import quotient, shape_of
+from galvatron_compile.placement import P, R, S, V
+
 
 def view(site: Site) -> Iterator[Rule]:
     """view, reshape, flatten, unflatten, unsqueeze, squeeze: see ``views.map_shard``."""
@@ -93,6 +95,18 @@ def expand_as(site: Site) -> Iterator[Rule]:
             own = dim - shift
             place = S(own, outer) if own >= 0 and source[own] == size else V
             yield site.rule(f"shard {dim}", {"self": place, "other": S(dim, outer)}, S(dim, outer))
+
+
+def broadcast_tensors(site: Site) -> Iterator[Rule]:
+    count = len(site.slots)
+    for dim, size in enumerate(site.shape):
+        for outer in site.shards(size):
+            places = [
+                aligned(shape_of(value.meta["val"]), site.shape, dim, outer)
+                for _, _, value in site.slots
+            ]
+            yield site.rule(f"shard {dim}", {"tensors": places}, S(dim, outer))
+    yield site.rule("partial", {"tensors": [P] * count}, P)
 
 
 def repeat(site: Site) -> Iterator[Rule]:
@@ -296,6 +310,7 @@ SHAPE: dict[str, RuleFunction] = {
     ),
     "expand": expand,
     "expand_as": expand_as,
+    "broadcast_tensors": broadcast_tensors,
     "repeat": repeat,
     **dict.fromkeys("permute transpose t movedim numpy_T mT adjoint swapaxes".split(), permute),
     "slice": slice_,

@@ -148,11 +148,12 @@ def whole_class(name: str) -> tuple[LayerClass, list[torch.Tensor]]:
 def block(layer_class: LayerClass) -> LayerClass:
     """The decoder block alone: from the embedded tokens to the last residual sum."""
     source = layer_class.graph.graph
-    adds = source.find_nodes(op="call_function", target=torch.ops.aten.add.Tensor)
-    shape = next(n for n in source.nodes if n.target is torch.ops.aten.embedding.default)
-    shape = shape.meta["val"].shape
+    # by their printed names, since functions that mention torch.ops do not pickle
+    adds = [n for n in source.nodes if str(n.target) == "aten.add.Tensor"]
+    looked_up = [n for n in source.nodes if str(n.target) == "aten.embedding.default"]
+    shape = looked_up[0].meta["val"].shape
     sums = [n for n in adds if n.meta["val"].shape == shape and isinstance(n.args[1], fx.Node)]
-    embeddings = [n.target is torch.ops.aten.embedding.default for n in sums[0].all_input_nodes]
+    embeddings = [n in looked_up for n in sums[0].all_input_nodes]
     first = sums[0] if all(embeddings) else sums[0].args[0]
     return cut(layer_class, first, sums[-1])
 

@@ -76,7 +76,7 @@ def test_masks_differ_over_the_axis_only_where_the_value_is_sharded(dropout: Any
     plain = localise(shard_layer(dropout[0], 2, False), axis)
     sequence = localise(shard_layer(dropout[0], 2, True), axis)
     coordinates = [str(node.args[3]) for node in seeded_nodes(plain)]
-    assert coordinates == ["0", "axis_tp2", "0"] or coordinates == ["0", "axis_tp2"]
+    assert coordinates == ["0", "axis_tp2"]
     assert {str(node.args[3]) for node in seeded_nodes(sequence)} == {"axis_tp2"}
     offsets = [node.args[2] for node in seeded_nodes(plain)]
     assert offsets == list(range(len(offsets)))
@@ -107,14 +107,20 @@ def test_localise_refuses_an_axis_of_another_size(dropout: Any) -> None:
         localise(shard_layer(dropout[0], 2, False), Axis.dry_run("tp4", 4))
 
 
+def aten() -> Any:
+    from torch import ops  # a function that mentions torch.ops does not pickle
+
+    return ops.aten
+
+
 def mixes_samples() -> fx.GraphModule:
     """``x - mean over the batch``, with the notes that the batch pass would leave."""
     from torch._subclasses import FakeTensorMode
 
     graph = fx.Graph()
     x = graph.placeholder("x")
-    mean = graph.call_function(torch.ops.aten.mean.dim, (x, [0], True))
-    difference = graph.call_function(torch.ops.aten.sub.Tensor, (x, mean))
+    mean = graph.call_function(aten().mean.dim, (x, [0], True))
+    difference = graph.call_function(aten().sub.Tensor, (x, mean))
     graph.output((difference,))
     with FakeTensorMode() as mode:
         x.meta["val"] = mode.from_tensor(torch.empty(BATCH, 3))

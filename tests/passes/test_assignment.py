@@ -131,25 +131,22 @@ def random_class(seed: int) -> LayerClass:
         return int(torch.randint(n, (1,), generator=generator))
 
     graph = fx.Graph()
-    names = ["x", "w0", "w1"]
-    values = [graph.placeholder(name) for name in names]
+    aten = torch.ops.aten
+    values = [graph.placeholder(name) for name in ("x", "w0", "w1")]
+    made = [values[0]]
+    for step in range(2 + draw(2)):
+        a, b = made[draw(len(made))], made[draw(len(made))]
+        options: list[tuple[Any, tuple[fx.Node, ...]]] = [
+            (aten.mm.default, (a, values[1 + step % 2])),
+            (aten.linear.default, (a, values[1 + step % 2])),
+            (aten.add.Tensor, (a, b)),
+            (aten.relu.default, (a,)),
+        ]
+        made.append(graph.call_function(*options[draw(4) if step else 0]))
+    graph.output((made[-1],))
     with FakeTensorMode() as mode:
-        for node in values:
+        for node in values + made[1:]:
             node.meta["val"] = mode.from_tensor(torch.empty(4, 4))
-        made = [values[0]]
-        for step in range(2 + draw(2)):
-            a, b = made[draw(len(made))], made[draw(len(made))]
-            aten = torch.ops.aten
-            target, args = [
-                (aten.mm.default, (a, values[1 + step % 2])),
-                (aten.linear.default, (a, values[1 + step % 2])),
-                (aten.add.Tensor, (a, b)),
-                (aten.relu.default, (a,)),
-            ][draw(4) if step else 0]
-            node = graph.call_function(target, args)  # type: ignore[arg-type]
-            node.meta["val"] = mode.from_tensor(torch.empty(4, 4))
-            made.append(node)
-        graph.output((made[-1],))
     kinds = ("activation", "parameter", "parameter")
     return LayerClass("tiny", fx.GraphModule({}, graph), kinds, (S(0),), (S(0),))
 

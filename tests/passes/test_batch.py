@@ -15,14 +15,15 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 import transformers
+from torch import fx, nn
+from torch.overrides import TorchFunctionMode
+
 from galvatron_compile.errors import UnsupportedError
 from galvatron_compile.graph import Graph, noted
 from galvatron_compile.passes.batch import batch
 from galvatron_compile.passes.capture import capture
 from galvatron_compile.passes.sharding.rules import tensor_inputs
 from galvatron_compile.placement import Placement
-from torch import fx, nn
-from torch.overrides import TorchFunctionMode
 
 SIZES = ((1, 3), (2, 1, 3))
 
@@ -121,8 +122,8 @@ def check(
 
 def repeated(value: torch.Tensor, size: int) -> torch.Tensor:
     """The first ``size`` samples of the example, its samples repeated with new content."""
-    rows = [value[i % len(value)].roll(i // len(value), -1) for i in range(size)]
-    return torch.stack([r if r.dim() else r for r in rows])
+    rows = [value[i % len(value)] for i in range(size)]
+    return torch.stack([r.roll(i // len(value), -1) if r.dim() else r for i, r in enumerate(rows)])
 
 
 def text(vocabulary: int, ignored: bool = True) -> dict[str, torch.Tensor]:

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import fx
+
 from galvatron_compile.graph import note
 from galvatron_compile.passes.sharding.rules import Emitter, Rule, candidates, tensor_inputs
 from galvatron_compile.passes.sharding.rules_base import is_differentiable
 from galvatron_compile.passes.sharding.views import shape_of
 from galvatron_compile.placement import Placement, R, S
-from torch import fx
 
 aten = torch.ops.aten
 OUTERS = (1, 2, 3)
@@ -199,6 +200,7 @@ CASES: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
     "unsqueeze": (aten.unsqueeze.default, (x(4, 6), 1), {}),
     "squeeze": (aten.squeeze.dim, (x(4, 1, 6), 1), {}),
     "expand": (aten.expand.default, (x(4, 1, 6), [2, 4, 2, -1]), {}),
+    "broadcast_tensors": (aten.broadcast_tensors.default, ([x(4, 1), x(2, 4, 6)],), {}),
     "repeat": (aten.repeat.default, (x(4, 6), [2, 1, 3]), {}),
     "slice": (aten.slice.Tensor, (x(4, 6), 1, 2, 5), {}),
     "slice all": (aten.slice.Tensor, (x(4, 6), 1, 0, 2**63 - 1), {}),

@@ -6,9 +6,10 @@ import math
 
 import numpy as np
 import sympy
-from galvatron_compile.passes.sharding.views import can_shard, map_shard, product, quotient
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from galvatron_compile.passes.sharding.views import can_shard, map_shard, product, quotient
 
 BATCH = sympy.Symbol("b", integer=True, positive=True)
 
