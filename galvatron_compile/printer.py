@@ -92,6 +92,13 @@ def short_name(target: Any) -> str:
     return str(getattr(packet, "__name__", packet))
 
 
+def full_name(target: Any) -> str:
+    """A name that is the same in every process, which ``str`` of a function is not."""
+    if isinstance(target, (str, torch._ops.OpOverload)):
+        return str(target)
+    return f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', target)}"
+
+
 def _argument(value: Any) -> str:
     if isinstance(value, fx.Node):
         return str(value.target) if value.op == "get_attr" else value.name
@@ -194,6 +201,6 @@ def structural_key(graph: fx.Graph, kinds: Sequence[str], symbol: Any) -> str:
         facts = sorted((k, str(v)) for k, v in node.meta.get("custom", {}).get(_KEY, {}).items())
         call = ""
         if node.op != "placeholder":
-            call = f"{node.target} {spelled(node.args)} {spelled(dict(node.kwargs))}"
+            call = f"{full_name(node.target)} {spelled(node.args)} {spelled(dict(node.kwargs))}"
         lines.append(f"{node.op} {call} {format_type(node.meta['val'], symbol)} {facts}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -28,7 +28,12 @@ from torch import fx
 
 from galvatron_compile.errors import UnsupportedError
 from galvatron_compile.graph import Graph, note, noted
-from galvatron_compile.passes.batch_loss import Denominators, mean_as_sum, scalars_as_sums
+from galvatron_compile.passes.batch_loss import (
+    Denominators,
+    constant_in_parts,
+    mean_as_sum,
+    scalars_as_sums,
+)
 from galvatron_compile.passes.sharding.rules import Rule, candidates, tensor_inputs
 from galvatron_compile.passes.sharding.rules_base import is_tensor_valued, packet_name
 from galvatron_compile.passes.sharding.views import quotient, shape_of, size_of
@@ -36,8 +41,23 @@ from galvatron_compile.placement import P, Placement, R, S, V
 
 # What a batch index (arange over the batch) may go through on its way to an indexing operator.
 INDEX_KEEPING = frozenset(
-    "unsqueeze squeeze view _unsafe_view reshape slice expand permute transpose to _to_copy clone "
-    "contiguous alias detach".split()
+    [
+        "unsqueeze",
+        "squeeze",
+        "view",
+        "_unsafe_view",
+        "reshape",
+        "slice",
+        "expand",
+        "permute",
+        "transpose",
+        "to",
+        "_to_copy",
+        "clone",
+        "contiguous",
+        "alias",
+        "detach",
+    ]
 )
 IMPOSSIBLE = float("inf")
 
@@ -143,6 +163,9 @@ class _Attempt:
         inputs = tensor_inputs(node)  # a number may have become a tensor
         if not forced:
             placed = [self.placement(value, node) for value in inputs]
+            if constant_in_parts(node, placed, self.denominators) is not None:
+                inputs = tensor_inputs(node)
+                placed = [self.placement(value, node) for value in inputs]
             for new in mean_as_sum(node, inputs, placed, self.denominators):
                 self.origin[new] = self.origin[node]
                 self.call(new)

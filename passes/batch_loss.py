@@ -216,6 +216,33 @@ def scalars_as_sums(node: fx.Node, symbol: Any, denominators: Denominators) -> P
     return P if fills else None
 
 
+def constant_in_parts(
+    node: fx.Node, placed: list[Placement], denominators: Denominators
+) -> fx.Node | None:
+    """``P + 1`` would add the 1 once per part: make the number a tensor, to be divided by them.
+
+    Returns that tensor's node, now an input of ``node`` (``1 - P`` becomes a subtraction).
+    """
+    name = packet_name(node.target)
+    scalar = node.args[1] if len(node.args) > 1 else None
+    if name not in ("add", "sub", "rsub") or placed != [P] or not isinstance(scalar, int | float):
+        return None
+    source = node.args[0]
+    alpha = _argument(node, "alpha")
+    with node.graph.inserting_before(node):
+        dtype = node.meta["val"].dtype
+        constant = denominators.new(
+            aten.full.default, [], scalar, dtype=dtype, device=node.meta["val"].device
+        )
+    if name == "rsub":
+        node.target, node.args = aten.sub.Tensor, (constant, source)
+    else:
+        node.target = aten.add.Tensor if name == "add" else aten.sub.Tensor
+        node.args = (source, constant)
+    node.kwargs = {"alpha": alpha}
+    return constant
+
+
 def mean_as_sum(
     node: fx.Node, inputs: list[fx.Node], placed: list[Placement], denominators: Denominators
 ) -> list[fx.Node]:
@@ -305,7 +332,7 @@ def _cross_entropy_mean(node: fx.Node, shards: Shards, denominators: Denominator
         return None
     logits, target, weight = (_argument(node, name) for name in ("self", "target", "weight"))
     shape = shape_of(logits.meta["val"])
-    if len(shape) < 2:
+    if len(shape) < 2 or (logits, 0) not in shards or not isinstance(shape[1], int):
         return None
     if len(shape_of(target.meta["val"])) == len(shape):  # probabilities: torch divides by rows
         factor = product(size for i, size in enumerate(shape) if i > 1)

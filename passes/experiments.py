@@ -15,6 +15,7 @@ from galvatron_compile.passes.annotate import Workload
 from galvatron_compile.passes.arguments import differentiable_flags, make_arguments
 from galvatron_compile.passes.sharding import localise
 from galvatron_compile.passes.sharding.table import ShardingTable
+from galvatron_compile.printer import full_name
 from galvatron_compile.strategy import Strategy
 
 
@@ -66,7 +67,7 @@ def _forms(
 def _describe(graph: fx.GraphModule, layered: LayeredGraph) -> str:
     """The graph and its shapes, with the batch symbol under one name in every process."""
     lines = [
-        f"{node.op} {node.target} {node.args} {node.kwargs} "
+        f"{node.op} {full_name(node.target)} {node.args} {node.kwargs} "
         f"{getattr(node.meta.get('val'), 'shape', '')} {getattr(node.meta.get('val'), 'dtype', '')}"
         for node in graph.graph.nodes
     ]

@@ -59,7 +59,7 @@ def rewrite(
         units=units.ordered,
         denominators=layered.graph.denominators,
         inputs=layered.graph.inputs,
-        buffers=layered.graph.buffers,
+        buffers=builder.buffers,
         tied=layered.graph.tied,
         layer_graphs=layers.graphs,
         remarks=layers.remarks,

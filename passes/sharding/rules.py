@@ -66,9 +66,7 @@ def candidates(
         rules.append(Rule("same", (V,) * len(inputs), (V,) * site.num_outputs))
     function = rule_function(node.target)
     wanted = size is None or (size > 1 and is_differentiable(node))
-    if function is not None and wanted and (inputs or size is None):
-        rules += function(site)
-    elif size is not None and packet_name(node.target) == "sym_size" and function is not None:
+    if function is not None and (wanted or packet_name(node.target) == "sym_size"):
         rules += function(site)
     found: dict[tuple[object, ...], Rule] = {}
     for rule in rules:
@@ -128,5 +126,3 @@ def _data_outers(inputs: list[fx.Node]) -> tuple[Size, ...]:
         if isinstance(placed, str) and placed.startswith("S"):
             found[Placement.parse(placed).outer] = None
     return tuple(found)
-
-

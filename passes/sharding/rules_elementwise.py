@@ -19,14 +19,47 @@ from galvatron_compile.placement import P, Placement, R, S
 
 # Element by element like those that torch tags as pointwise, but without the tag.
 UNTAGGED_POINTWISE = frozenset(
-    "__and__ __or__ __xor__ __lshift__ __rshift__ to _to_copy contiguous detach alias lift_fresh_copy "
-    "dropout native_dropout floor_divide hardswish log_sigmoid celu masked_fill type_as bernoulli "
-    "square conj fill zeros_like ones_like full_like empty_like rand_like randn_like clone where "
-    "positive copy clip clamp".split()
+    [
+        "__and__",
+        "__or__",
+        "__xor__",
+        "__lshift__",
+        "__rshift__",
+        "to",
+        "_to_copy",
+        "contiguous",
+        "detach",
+        "alias",
+        "lift_fresh_copy",
+        "dropout",
+        "native_dropout",
+        "floor_divide",
+        "hardswish",
+        "log_sigmoid",
+        "celu",
+        "masked_fill",
+        "type_as",
+        "bernoulli",
+        "square",
+        "conj",
+        "fill",
+        "zeros_like",
+        "ones_like",
+        "full_like",
+        "empty_like",
+        "rand_like",
+        "randn_like",
+        "clone",
+        "where",
+        "positive",
+        "copy",
+        "clip",
+        "clamp",
+    ]
 )
 
 # Outputs that do not depend on the values of the input, only on its shape.
-CONSTANT_LIKE = frozenset("zeros_like ones_like full_like empty_like".split())
+CONSTANT_LIKE = frozenset(["zeros_like", "ones_like", "full_like", "empty_like"])
 
 # For each operator, the sets of arguments in which it is jointly linear: partial sums in exactly
 # these give partial sums, every other tensor being V. A scalar cannot stand in for a tensor here:
@@ -113,6 +146,18 @@ ELEMENTWISE: dict[str, RuleFunction] = {
     **dict.fromkeys(UNTAGGED_POINTWISE, pointwise),
     **dict.fromkeys(CONSTANT_LIKE, constant_like),
     **dict.fromkeys(
-        "full zeros ones empty rand randn new_zeros new_ones new_full new_empty".split(), factory
+        [
+            "full",
+            "zeros",
+            "ones",
+            "empty",
+            "rand",
+            "randn",
+            "new_zeros",
+            "new_ones",
+            "new_full",
+            "new_empty",
+        ],
+        factory,
     ),
 }

@@ -47,9 +47,7 @@ def index_select(site: Site) -> Iterator[Rule]:
     for dim, size in enumerate(source):
         if dim != at:
             for outer in site.shards(size):
-                yield site.rule(
-                    f"shard {dim}", {"self": S(dim, outer), "index": R}, S(dim, outer)
-                )
+                yield site.rule(f"shard {dim}", {"self": S(dim, outer), "index": R}, S(dim, outer))
     for outer in site.shards(ids[0]) if ids else []:
         yield site.rule("ids", {"self": V, "index": S(0, outer)}, S(at, outer))
     yield site.rule("partial", {"self": P, "index": R}, P)
@@ -96,7 +94,9 @@ def index(site: Site) -> Iterator[Rule]:
         for outer in site.shards(source[dim]):
             placed = [R] * len(given)
             yield site.rule(
-                f"shard {dim}", {"self": S(dim, outer), "indices": _full(site, placed)}, S(out, outer)
+                f"shard {dim}",
+                {"self": S(dim, outer), "indices": _full(site, placed)},
+                S(out, outer),
             )
     for k in range(width):
         for outer in site.shards(site.shape[where + k]):
@@ -125,9 +125,7 @@ def _batch_indexed(
     k = sharded[0] + width - len(own)
     extent = own[sharded[0]]
     placed = [_broadcast(shape, width, k, extent, 1) for shape in shapes]
-    yield site.rule(
-        "own samples", {"self": S(dim), "indices": _full(site, placed)}, S(where + k)
-    )
+    yield site.rule("own samples", {"self": S(dim), "indices": _full(site, placed)}, S(where + k))
 
 
 def _index_position(dims: list[int]) -> int:
@@ -136,9 +134,7 @@ def _index_position(dims: list[int]) -> int:
     return dims[0] if adjacent else 0
 
 
-def _broadcast(
-    shape: Sequence[Size], width: int, k: int, extent: Size, outer: Size
-) -> Placement:
+def _broadcast(shape: Sequence[Size], width: int, k: int, extent: Size, outer: Size) -> Placement:
     own = k - (width - len(shape))
     return S(own, outer) if own >= 0 and shape[own] == extent else R
 
@@ -146,9 +142,7 @@ def _broadcast(
 def _full(site: Site, placed: Sequence[Placement]) -> list[Placement]:
     """Placements by position in the list argument, which may hold None between."""
     rest = iter(placed)
-    return [
-        next(rest) if isinstance(entry, fx.Node) else R for entry in site.arguments["indices"]
-    ]
+    return [next(rest) if isinstance(entry, fx.Node) else R for entry in site.arguments["indices"]]
 
 
 def attention(site: Site) -> Iterator[Rule]:

@@ -188,5 +188,5 @@ MATMUL: dict[str, RuleFunction] = {
     "outer": outer_product,
     "matmul": matmul,
     "einsum": einsum,
-    **dict.fromkeys("conv1d conv2d conv3d convolution".split(), convolution),
+    **dict.fromkeys(["conv1d", "conv2d", "conv3d", "convolution"], convolution),
 }

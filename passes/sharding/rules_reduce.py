@@ -12,7 +12,6 @@ from galvatron_compile.passes.sharding.rules_base import (
     RuleFunction,
     Site,
     aligned,
-    normal_dim,
     normal_dims,
 )
 from galvatron_compile.passes.sharding.rules_shape import others
@@ -174,22 +173,65 @@ def nll_loss(site: Site) -> Iterator[Rule]:
 
 REDUCE: dict[str, RuleFunction] = {
     **dict.fromkeys(
-        "amax amin argmax argmin any all var std prod logsumexp max min norm linalg_vector_norm "
-        "var_mean std_mean median nanmedian count_nonzero".split(),
+        [
+            "amax",
+            "amin",
+            "argmax",
+            "argmin",
+            "any",
+            "all",
+            "var",
+            "std",
+            "prod",
+            "logsumexp",
+            "max",
+            "min",
+            "norm",
+            "linalg_vector_norm",
+            "var_mean",
+            "std_mean",
+            "median",
+            "nanmedian",
+            "count_nonzero",
+        ],
         reduction,
     ),
     "sum": sum_,
     "mean": mean,
     **dict.fromkeys(
-        "softmax log_softmax _softmax _log_softmax cumsum cumprod diff sort argsort topk glu "
-        "logcumsumexp cummax cummin".split(),
+        [
+            "softmax",
+            "log_softmax",
+            "_softmax",
+            "_log_softmax",
+            "cumsum",
+            "cumprod",
+            "diff",
+            "sort",
+            "argsort",
+            "topk",
+            "glu",
+            "logcumsumexp",
+            "cummax",
+            "cummin",
+        ],
         along,
     ),
-    **dict.fromkeys("layer_norm rms_norm native_layer_norm _fused_rms_norm".split(), normalisation),
+    **dict.fromkeys(
+        ["layer_norm", "rms_norm", "native_layer_norm", "_fused_rms_norm"], normalisation
+    ),
     "group_norm": group_norm,
     **dict.fromkeys(
-        "mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy "
-        "binary_cross_entropy_with_logits kl_div soft_margin_loss".split(),
+        [
+            "mse_loss",
+            "l1_loss",
+            "smooth_l1_loss",
+            "huber_loss",
+            "binary_cross_entropy",
+            "binary_cross_entropy_with_logits",
+            "kl_div",
+            "soft_margin_loss",
+        ],
         elementwise_loss,
     ),
     "cross_entropy_loss": cross_entropy,

@@ -30,7 +30,8 @@ def view(site: Site) -> Iterator[Rule]:
             mapped = site.view(source, target, dim, outer)
             if mapped is not None:
                 j, q = mapped
-                yield site.rule(f"shard {dim}", {"self": S(dim, outer)}, S(j, q), _view_emit(site, j))
+                emit = _view_emit(site, j)
+                yield site.rule(f"shard {dim}", {"self": S(dim, outer)}, S(j, q), emit)
     yield site.rule("partial", {"self": P}, P)
 
 
@@ -110,7 +111,7 @@ def broadcast_tensors(site: Site) -> Iterator[Rule]:
 
 
 def repeat(site: Site) -> Iterator[Rule]:
-    """Dims repeated once keep their shard; a dim of size 1 repeated b times is a batch of copies."""
+    """Dims repeated once keep their shard; one that is repeated b times is a batch of copies."""
     source, target = site.input_shape("self"), site.shape
     repeats = site.arguments["repeats"]
     shift = len(target) - len(source)
@@ -279,6 +280,11 @@ def others(site: Site, taken: set[int], argument: str = "self") -> Iterator[Rule
                 yield site.rule(f"shard {dim}", {argument: S(dim, outer)}, S(dim, outer))
 
 
+def one_hot(site: Site) -> Iterator[Rule]:
+    if site.arguments["num_classes"] != -1:  # else it depends on the largest index
+        yield from others(site, set())
+
+
 def along_dims(site: Site) -> Iterator[Rule]:
     """roll, flip: linear, along the dims named."""
     dims = normal_dims(site.arguments["dims"], len(site.shape))
@@ -306,19 +312,32 @@ def size(site: Site) -> Iterator[Rule]:
 
 SHAPE: dict[str, RuleFunction] = {
     **dict.fromkeys(
-        "view _unsafe_view reshape flatten unflatten unsqueeze squeeze ravel".split(), view
+        [
+            "view",
+            "_unsafe_view",
+            "reshape",
+            "flatten",
+            "unflatten",
+            "unsqueeze",
+            "squeeze",
+            "ravel",
+        ],
+        view,
     ),
     "expand": expand,
     "expand_as": expand_as,
     "broadcast_tensors": broadcast_tensors,
     "repeat": repeat,
-    **dict.fromkeys("permute transpose t movedim numpy_T mT adjoint swapaxes".split(), permute),
+    **dict.fromkeys(
+        ["permute", "transpose", "t", "movedim", "numpy_T", "mT", "adjoint", "swapaxes"], permute
+    ),
     "slice": slice_,
     "select": select,
     **dict.fromkeys(("cat", "concat"), cat),
     "stack": stack,
-    **dict.fromkeys("split split_with_sizes chunk unbind".split(), split),
+    **dict.fromkeys(["split", "split_with_sizes", "chunk", "unbind"], split),
     "getitem": getitem,
+    "one_hot": one_hot,
     **dict.fromkeys(("pad", "constant_pad_nd"), pad),
     **dict.fromkeys(("roll", "flip"), along_dims),
     **dict.fromkeys(("triu", "tril"), triangle),

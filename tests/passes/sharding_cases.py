@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers
 from torch import fx, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from galvatron_compile.graph import LayerClass
@@ -250,16 +250,20 @@ def largest_error(sharded: ShardedLayer, axis: Axis, values: list[torch.Tensor])
         p for p, v, kind in zip(placed, values, layer_class.kinds, strict=True)
         if v.is_floating_point() and kind != "buffer"
     ]  # fmt: skip
-    errors = [_error(output, reference, sharded.outputs[0], axis)]
+    # A key bias has gradient 0 up to rounding, so gradients count from a millionth of the largest.
+    floor = 1e-6 * max(float(whole.abs().max()) for whole in wanted if whole is not None)
+    errors = [_error(output, reference, sharded.outputs[0], axis, 0.0)]
     for gradient, whole, placement in zip(gradients, wanted, differentiable, strict=True):
         assert (gradient is None) == (whole is None)
         if gradient is not None and whole is not None:
             if placement.kind == "V":
                 torch.distributed.all_reduce(gradient, group=axis.group)
-            errors.append(_error(gradient, whole, placement, axis))
+            errors.append(_error(gradient, whole, placement, axis, floor))
     return max(errors)
 
 
-def _error(local: torch.Tensor, whole: torch.Tensor, placement: Placement, axis: Axis) -> float:
-    difference = (local - slice_of(whole, placement, axis)).abs().max()
-    return float(difference / whole.abs().max().clamp(min=1e-6))  # a key bias has gradient 0
+def _error(
+    local: torch.Tensor, whole: torch.Tensor, placement: Placement, axis: Axis, floor: float
+) -> float:
+    difference = float((local - slice_of(whole, placement, axis)).abs().max())
+    return difference / max(float(whole.abs().max()), floor)

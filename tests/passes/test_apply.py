@@ -15,7 +15,6 @@ from galvatron_compile.operators import seeded
 from galvatron_compile.passes.sharding import gather_batch, localise, shard_layer
 
 
-
 def errors_on_rank(name: str, size: int) -> dict[str, float]:
     """Whole model on tp, its block on tp and on tp with sequence parallel; from one capture."""
     import torch.distributed as dist

@@ -52,7 +52,9 @@ def one_node(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.N
             return [lift(entry) for entry in value]
         return value
 
-    node = graph.call_function(target, tuple(map(lift, args)), {k: lift(v) for k, v in kwargs.items()})
+    node = graph.call_function(
+        target, tuple(map(lift, args)), {k: lift(v) for k, v in kwargs.items()}
+    )
     node.meta["val"] = target(*args, **kwargs)
     return node
 
@@ -80,9 +82,7 @@ def joined(values: list[torch.Tensor], place: Placement) -> torch.Tensor:
 
 def local_module(node: fx.Node, rule: Rule, n: int) -> fx.GraphModule:
     graph = fx.Graph()
-    mapping = {
-        old: graph.placeholder(old.name) for old in node.graph.find_nodes(op="placeholder")
-    }
+    mapping = {old: graph.placeholder(old.name) for old in node.graph.find_nodes(op="placeholder")}
     args = fx.map_arg(node.args, mapping.__getitem__)
     kwargs = fx.map_arg(node.kwargs, mapping.__getitem__)
     if rule.emit is None:
@@ -254,29 +254,45 @@ CASES: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
         (x(4, 6), x(4, 6).sigmoid(), fixed(x(6).exp()), None, 2),
         {},
     ),
-    "cross entropy": (aten.cross_entropy_loss.default, (x(4, 6), ids(6, 4), fixed(x(6).exp()), 2), {}),
+    "cross entropy": (
+        aten.cross_entropy_loss.default,
+        (x(4, 6), ids(6, 4), fixed(x(6).exp()), 2),
+        {},
+    ),
     "cross entropy none": (aten.cross_entropy_loss.default, (x(4, 6), ids(6, 4), None, 0), {}),
     "cross entropy image": (
-        aten.cross_entropy_loss.default, (x(2, 6, 4), ids(6, 2, 4), None, 2), {},
+        aten.cross_entropy_loss.default,
+        (x(2, 6, 4), ids(6, 2, 4), None, 2),
+        {},
     ),
     "cross entropy mean": (aten.cross_entropy_loss.default, (x(4, 6), ids(6, 4)), {}),
     "cross entropy probabilities": (
-        aten.cross_entropy_loss.default, (x(4, 6), x(4, 6).softmax(-1), None, 2), {},
+        aten.cross_entropy_loss.default,
+        (x(4, 6), x(4, 6).softmax(-1), None, 2),
+        {},
     ),
     "attention": (SDPA, (x(2, 4, 3, 2), x(2, 4, 5, 2), x(2, 4, 5, 6)), {}),
     "attention mask": (
-        SDPA, (x(2, 4, 3, 2), x(2, 4, 5, 2), x(2, 4, 5, 2), x(2, 1, 3, 5)), {"scale": 0.3},
+        SDPA,
+        (x(2, 4, 3, 2), x(2, 4, 5, 2), x(2, 4, 5, 2), x(2, 1, 3, 5)),
+        {"scale": 0.3},
     ),
     "attention head mask": (
-        SDPA, (x(2, 4, 3, 2), x(2, 4, 3, 2), x(2, 4, 3, 2), x(4, 3, 3)), {},
+        SDPA,
+        (x(2, 4, 3, 2), x(2, 4, 3, 2), x(2, 4, 3, 2), x(4, 3, 3)),
+        {},
     ),
     "attention causal": (SDPA, (x(2, 4, 3, 2),) * 3, {"is_causal": True}),
     "attention grouped": (
-        SDPA, (x(2, 8, 3, 2), x(2, 4, 3, 2), x(2, 4, 3, 2)), {"enable_gqa": True},
+        SDPA,
+        (x(2, 8, 3, 2), x(2, 4, 3, 2), x(2, 4, 3, 2)),
+        {"enable_gqa": True},
     ),
     "embedding": (aten.embedding.default, (x(12, 6), ids(12, 2, 4), 3), {}),
     "embedding by frequency": (
-        aten.embedding.default, (x(12, 6), ids(12, 4), -1, True), {},
+        aten.embedding.default,
+        (x(12, 6), ids(12, 4), -1, True),
+        {},
     ),
     "gather": (aten.gather.default, (x(4, 6), 1, ids(6, 4, 2)), {}),
     "gather part": (aten.gather.default, (x(4, 6), 1, ids(6, 2, 2)), {}),
@@ -302,7 +318,9 @@ def test_every_rule_gives_the_whole_operators_values_and_gradients(name: str, n:
             check(node, rule, n)
         except (AssertionError, RuntimeError) as error:
             shapes = [tuple(shape_of(v.meta["val"])) for v in tensor_inputs(node)]
-            text = f"{rule.name}: {[*map(str, rule.inputs)]} -> {[*map(str, rule.outputs)]} {shapes}"
+            text = (
+                f"{rule.name}: {[*map(str, rule.inputs)]} -> {[*map(str, rule.outputs)]} {shapes}"
+            )
             raise AssertionError(f"{text}\n{error}") from error
 
 
@@ -312,9 +330,7 @@ def names(target: Any, *args: Any, n: int = 2, **kwargs: Any) -> set[str]:
 
 def has(target: Any, args: tuple[Any, ...], inputs: str, outputs: str, **kwargs: Any) -> bool:
     rules = candidates(one_node(target, args, kwargs), 2, outers=OUTERS)
-    pairs = {
-        (" ".join(map(str, r.inputs)), " ".join(map(str, r.outputs))) for r in rules
-    }
+    pairs = {(" ".join(map(str, r.inputs)), " ".join(map(str, r.outputs))) for r in rules}
     return (inputs, outputs) in pairs
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -28,7 +29,7 @@ def views(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...], int, int, 
     def grouped() -> tuple[int, ...]:
         cuts = sorted(draw(st.lists(st.integers(0, len(primes)), max_size=4)))
         bounds = [0, *cuts, len(primes)]
-        return tuple(math.prod(primes[a:b]) for a, b in zip(bounds, bounds[1:], strict=False))
+        return tuple(math.prod(primes[a:b]) for a, b in itertools.pairwise(bounds))
 
     source, target = grouped(), grouped()
     n = draw(st.sampled_from([2, 3, 4]))
