@@ -19,6 +19,7 @@ from galvatron_compile.unit_schedule import UnitSchedule
 
 if TYPE_CHECKING:
     from galvatron_compile.program import StageProgram
+    from galvatron_compile.search_report import SearchReport
 
 
 class ParallelModel:
@@ -39,11 +40,11 @@ class ParallelModel:
         *,
         device: torch.device | None = None,
         seed: int = 0,
-        search: object | None = None,
+        search: SearchReport | None = None,
         state_names: Sequence[str] | None = None,
     ) -> None:
         self._program, self._precision, self._seed = program, precision, seed
-        self._search = search
+        self.search = search
         plan = program.plan
         self._world_size, self._rank = program.mesh.world_size, program.mesh.rank
         self._share_ranks = self._world_size // plan.data_size  # ranks that hold one share
@@ -291,7 +292,7 @@ class ParallelModel:
 
     def report(self) -> str:
         """Why this plan: the searcher's report, or the plan itself if it was given."""
-        return str(self._search if self._search is not None else self.plan)
+        return str(self.search if self.search is not None else self.plan)
 
     def print_program(self) -> None:
         """Print what this rank runs: every node with its collectives."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -41,12 +42,14 @@ def format_graph(module: fx.GraphModule) -> str:
             rows.append((f"tensor {node.target}", kind, _notes(node)))
         elif node.op == "output":
             rows.append((f"return {_argument(node.args[0])}", "", ""))
+        elif _is_part(node):
+            continue  # shown where it is used
         elif isinstance(node.meta.get("val"), (int, torch.SymInt)):
             rows.append((f"{node.name} = {_call(node)}", kind, ""))
         else:
             rows.append((f"{node.name} = {_call(node)}", kind, _notes(node)))
     width = min(max(len(left) for left, _, _ in rows), 72)
-    kinds = max(len(kind) for _, kind, _ in rows)
+    kinds = min(max(len(kind) for _, kind, _ in rows), 40)
     return "\n".join(
         f"{left:{width}}  {kind:{kinds}}  {facts}".rstrip() for left, kind, facts in rows
     )
@@ -83,7 +86,37 @@ def _size(size: Any, symbol: Any) -> str:
 
 def _call(node: fx.Node) -> str:
     keywords = (f"{key}={_argument(value)}" for key, value in node.kwargs.items())
-    return f"{short_name(node.target)}({', '.join([*map(_argument, node.args), *keywords])})"
+    return f"{short_name(node.target)}({', '.join([*_arguments(node.args), *keywords])})"
+
+
+def _is_part(node: object) -> bool:
+    """One output of a module call: written ``layers_0[1]``, not as a node of its own."""
+    return (
+        isinstance(node, fx.Node)
+        and node.target is operator.getitem
+        and isinstance(node.args[0], fx.Node)
+        and node.args[0].op == "call_module"
+    )
+
+
+def _arguments(values: Sequence[Any]) -> list[str]:
+    """Neighbouring parts of one module call stand as one range, ``units_1[0:9]``."""
+    texts: list[str] = []
+    run: list[fx.Node] = []
+    for value in [*values, None]:
+        if run and _is_part(value) and value.args == (run[0].args[0], run[-1].args[1] + 1):
+            run.append(value)
+            continue
+        if run:
+            first, last = run[0].args[1], run[-1].args[1]
+            place = f"{first}" if len(run) == 1 else f"{first}:{last + 1}"
+            texts.append(f"{run[0].args[0].name}[{place}]")
+            run = []
+        if _is_part(value):
+            run = [value]
+        else:
+            texts.append(_argument(value))
+    return texts[:-1]  # the closing None
 
 
 def short_name(target: Any) -> str:
@@ -103,7 +136,7 @@ def _argument(value: Any) -> str:
     if isinstance(value, fx.Node):
         return str(value.target) if value.op == "get_attr" else value.name
     if isinstance(value, (tuple, list)):
-        inside = ", ".join(map(_argument, value))
+        inside = ", ".join(_arguments(value))
         return f"({inside})" if isinstance(value, tuple) else f"[{inside}]"
     if isinstance(value, torch.dtype):
         return _SHORT.get(value, str(value))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -72,6 +73,18 @@ class ParameterUnit(torch.nn.Module):
             if working.requires_grad:
                 hook = functools.partial(self._on_gradient, *self.places[index])
                 working.register_post_accumulate_grad_hook(hook)
+
+    def describe(self) -> str:
+        """One line for the printed program: whose parameters, how many, and what a call does."""
+        count = sum(math.prod(layout.tensor_shape) for layout in self.layouts)
+        does = {
+            0: "summed over" if self.data.size > 1 else "",
+            1: "ZeRO-1 over",
+            2: "ZeRO-2 over",
+            3: "gathered, ZeRO-3 over",
+        }[self.zero]
+        where = f", {does} {self.data}" if does else ""
+        return f"of {self.name}: {len(self.layouts)} tensors, {count:,} elements{where}"
 
     def _found(self, index: int) -> tuple[torch.nn.Parameter, torch.Tensor]:
         bucket, slot = self.places[index]

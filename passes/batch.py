@@ -135,7 +135,7 @@ class _Attempt:
         """Of an input; for ``getitem`` that of the element taken."""
         text = noted(value, "data")
         if isinstance(text, list | tuple):
-            text = text[user.args[1]] if packet_name(user.target) == "getitem" else text[0]
+            text = text[user.args[1]] if packet_name(user.target) == "getitem" else text[0]  # type: ignore[index]
         return Placement.parse(text)
 
     def is_whole(self, node: fx.Node, placement: Placement) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from galvatron_compile.graph import Layer, LayeredGraph
+from galvatron_compile.graph import Layer, LayeredGraph, note
 from galvatron_compile.layout import ParameterLayout
 from galvatron_compile.mesh import Mesh
 from galvatron_compile.operators import without_dropout
@@ -238,10 +239,10 @@ class _Builder:
         mine = graph.call_function(
             layer_seed, (seed, index, self.mesh.data(strategy.tp).index)
         )
-        called = graph.call_module(
-            f"layers.{index}", (*activations, *parameters, *buffers, mine)
-        )
-        outputs = [graph.call_function(_item, (called, k)) for k in range(len(layer.outputs))]
+        called = graph.call_module(f"layers.{index}", (*activations, *parameters, *buffers, mine))
+        called.meta["val"] = tuple(self._value(name) for name in layer.outputs)
+        note(called, layer=layer.name, strategy=str(strategy))
+        outputs = [graph.call_function(operator.getitem, (called, k)) for k in range(len(layer.outputs))]
         outputs = self._fence(index, graph, root, outputs)
         for name, node, tensor, data in zip(
             layer.outputs, outputs, sharded.outputs, layer_class.data_outputs, strict=True
@@ -250,11 +251,11 @@ class _Builder:
             values[name] = (node, Layout(strategy.tp, tensor, data))
 
     def _parameters(self, index: int, graph: fx.Graph) -> list[fx.Node]:
-        tuples = {
-            unit: graph.call_module(f"units.{unit}") for unit in self.units.of_layer[index]
-        }
+        tuples = {unit: graph.call_module(f"units.{unit}") for unit in self.units.of_layer[index]}
+        for unit, node in tuples.items():
+            note(node, parameters=self.units.ordered[unit].describe())
         places = [self.units.places[name] for name in self.layered.layers[index].parameters]
-        return [graph.call_function(_item, (tuples[unit], k)) for unit, k in places]
+        return [graph.call_function(operator.getitem, (tuples[unit], k)) for unit, k in places]
 
     def _buffer(self, name: str, graph: fx.Graph, root: torch.nn.Module) -> fx.Node:
         attribute = "buffer_" + name.replace(".", "_")
@@ -271,14 +272,10 @@ class _Builder:
             return outputs
         root.fences[str(index)] = BackwardFence(gathered)
         called = graph.call_module(f"fences.{index}", tuple(outputs))
-        return [graph.call_function(_item, (called, k)) for k in range(len(outputs))]
+        note(called, zero3="frees the parameters here, gathers them again in backward")
+        return [graph.call_function(operator.getitem, (called, k)) for k in range(len(outputs))]
 
     def _value(self, name: str) -> object:
         nodes = self.layered.graph.module.graph.nodes
         return next(node.meta.get("val") for node in nodes if node.name == name)
-
-
-def _item(values: Sequence[object], index: int) -> object:
-    """``values[index]``; a named function so that the printed program says so."""
-    return values[index]
 

@@ -61,8 +61,10 @@ class Converter:
             )
         if step.forward == "none" and not differentiable:
             return node  # only the gradient's type changes, and there is no gradient
-        made = self.graph.call_function(step.function, (node, *step.arguments, self.axis))
+        args: tuple[Any, ...] = (node, *step.arguments, self.axis)
+        made = self.graph.call_function(step.function, args)
         copy_notes(made, node)
+        note(made, data_inputs=None)  # the node's own demand, not that of its conversion
         note(made, conversion=f"{source}→{target}")
         return made
 
@@ -133,8 +135,14 @@ class _Localiser:
         sharded = rule is not None and any(
             placement.is_shard for placement in (*rule.inputs, *rule.outputs)
         )
+        several = rule is not None and len(_own(last)) > 1
+        if several and noted(node, "data_inputs"):
+            raise UnsupportedError(
+                f"{node.name} mixes samples and its tensor-parallel form is several operators; "
+                "use tp1 for its layer"
+            )
         for fresh in _after(last):
-            if "conversion" not in fresh.meta.get("custom", {}).get("galvatron", {}):
+            if noted(fresh, "conversion") is None:
                 copy_notes(fresh, node)
             if fresh.op == "call_function" and operators.is_random(fresh):
                 self._seed(fresh, sharded)
@@ -167,7 +175,8 @@ class _Localiser:
     def _seed(self, node: fx.Node, sharded: bool) -> None:
         """Draw from a stream of its own: different along the axis only where the value is cut."""
         coordinate = self.axis_node if sharded and self.axis.size > 1 else 0
-        node.args = (node.target, self.seed, self.num_random, coordinate, *node.args)
+        stream: tuple[Any, ...] = (node.target, self.seed, self.num_random, coordinate)
+        node.args = (*stream, *node.args)
         node.target = operators.seeded
         self.num_random += 1
 
@@ -187,6 +196,11 @@ def _after(last: fx.Node) -> list[fx.Node]:
         found.append(node)
         node = node.next
     return found
+
+
+def _own(last: fx.Node) -> list[fx.Node]:
+    """The operators written after ``last``, without the conversions of their inputs."""
+    return [node for node in _after(last) if noted(node, "conversion") is None]
 
 
 def _attribute(module: torch.nn.Module, path: str) -> Any:

@@ -98,9 +98,9 @@ def outers_of(graph: fx.Graph, n: Size) -> tuple[Size, ...]:
         if name in ("split", "split_with_sizes", "chunk") and isinstance(value, list | tuple):
             found[len(value)] = None
         elif name in ("cat", "concat"):
-            found[len(node.args[0])] = None  # type: ignore[arg-type]
+            found[len(node.args[0])] = None
         elif name in ("view", "_unsafe_view", "reshape", "flatten", "unflatten"):
-            source, target = shape_of(node.args[0].meta["val"]), shape_of(value)  # type: ignore[union-attr, arg-type]
+            source, target = shape_of(node.args[0].meta["val"]), shape_of(value)
             for outer in (*_view_outers(source, target, n), *_view_outers(target, source, n)):
                 found[outer] = None
     return tuple(found)

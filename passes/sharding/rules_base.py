@@ -43,8 +43,8 @@ class Emitter:
             return self.kwargs[name]
         return self.node.target._schema.arguments[place].default_value
 
-    def call(self, target: Callable[..., Any] | None = None, **changed: Any) -> fx.Node:
-        """The operator (or ``target``) on the local values, with some arguments changed by name."""
+    def call(self, **changed: Any) -> fx.Node:
+        """The operator on the local values, with some arguments changed by name."""
         args, kwargs = list(self.args), dict(self.kwargs)
         names = argument_names(self.node.target)
         for name, value in changed.items():
@@ -53,7 +53,7 @@ class Emitter:
                 args[place] = value
             else:
                 kwargs[name] = value
-        return self.graph.call_function(target or self.node.target, tuple(args), kwargs)  # type: ignore[arg-type]
+        return self.graph.call_function(self.node.target, tuple(args), kwargs)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

@@ -69,10 +69,10 @@ def cases(plans: list[str]) -> list[tuple[str, str]]:
     return [(m, p) for m in MODELS for p in plans if (m, p) not in IMPOSSIBLE]
 
 
-def check(outcome: Any) -> None:
-    assert outcome.loss < TOLERANCE, outcome
-    assert outcome.gradient < TOLERANCE, outcome
-    assert outcome.trained < TOLERANCE, outcome
+def check(outcome: dict[str, Any]) -> None:
+    assert outcome["loss"] < TOLERANCE, outcome
+    assert outcome["gradient"] < TOLERANCE, outcome
+    assert outcome["trained"] < TOLERANCE, outcome
 
 
 @pytest.mark.parametrize(("model", "plan"), cases(TWO))
