@@ -23,7 +23,13 @@ def flatten_batch(batch: Any, inputs: InputSpec) -> list[torch.Tensor]:
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = {}
     if isinstance(batch, Mapping):
-        kwargs = batch
+        kwargs = _without_constants(batch, inputs)
+    elif template[1] and not template[0]:
+        names = sorted(map(str, template[1]))
+        raise ShapeError(
+            f"batch: expected a dict with the entries {names} of the example inputs, got "
+            f"{type(batch).__name__}"
+        )
     else:
         args = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
     found: dict[int, torch.Tensor] = {}
@@ -129,7 +135,8 @@ def take_share(batch: Any, inputs: InputSpec, index: int, count: int) -> Any:
             return value.tensor_split(count, dim)[index]
         if isinstance(value, Mapping):
             parts = {
-                name: cut(dim[name], part, f"{path}[{name!r}]") for name, part in value.items()
+                name: cut(dim.get(name), part, f"{path}[{name!r}]")
+                for name, part in value.items()  # constants have no dim and no tensors
             }
             return parts
         if isinstance(value, tuple | list):

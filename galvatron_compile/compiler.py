@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from galvatron_compile import notation
 from galvatron_compile.cluster import ClusterProfile
+from galvatron_compile.errors import InfeasibleError, ShapeError
 from galvatron_compile.graph import Graph, LayeredGraph
 from galvatron_compile.printer import fingerprint
 from galvatron_compile.job import Job
@@ -81,8 +82,10 @@ def compile(
             raised within seconds on every rank (PeerError on the ranks that are not at fault).
     """
     job = Job.current(model)
+    wanted = Wanted(global_batch_size, memory_bytes, precision, measure, seed, plan is not None)
+    job.together(wanted.check, same=lambda _: str(wanted))
     setting = Setting(job, cluster_profile, Precision.parse(precision), memory_bytes, measure)
-    layered = job.together(lambda: understand(model, example_inputs, loss_fn), same=fingerprint)
+    layered = job.together(lambda: understand(model, example_inputs, loss_fn), same=summary)
     batch_size = global_batch_size or layered.graph.example_batch_size
     broadcast_parameters(layered.graph, job)
     if plan is None:
@@ -99,6 +102,31 @@ def compile(
         search=decision.report,
         state_names=tuple(model.state_dict()),
     )
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Arguments of :func:`compile` that must be the same on every rank."""
+
+    global_batch_size: int | None
+    memory_bytes: int | None
+    precision: str | None
+    measure: bool
+    seed: int
+    has_plan: bool
+
+    def check(self) -> None:
+        Precision.parse(self.precision)
+        if self.global_batch_size is not None and self.global_batch_size < 1:
+            raise ShapeError(
+                f"global_batch_size is {self.global_batch_size}; give the number of samples of "
+                "one optimizer step over all ranks, at least 1"
+            )
+        if self.memory_bytes is not None and self.memory_bytes < 1:
+            raise InfeasibleError(
+                f"memory_bytes is {self.memory_bytes}; give the bytes that a rank may use, or "
+                "leave it out to use the memory of the profile's device"
+            )
 
 
 @dataclass(frozen=True)
@@ -132,6 +160,16 @@ def understand(
     graph = capture(model, example_inputs, loss_fn)
     graph = batch(graph)
     return find_layers(graph)
+
+
+def summary(layered: LayeredGraph) -> str:
+    """What every rank must have captured alike."""
+    tensors = (*layered.graph.parameters.values(), *layered.graph.buffers.values())
+    num_meta = sum(tensor.is_meta for tensor in tensors)
+    return (
+        f"model {fingerprint(layered)}, {len(layered.layers)} layers, batch of "
+        f"{layered.graph.example_batch_size}, {num_meta} of {len(tensors)} tensors on meta"
+    )
 
 
 def decide(

@@ -22,6 +22,7 @@ _SHORT = {
     torch.uint8: "u8", torch.bool: "bool", torch.complex64: "c64", torch.complex128: "c128",
 }  # fmt: skip
 _KEY = "galvatron"
+_COST = "cost"  # depends on the cluster, not on the model
 _LARGE = 2**62  # stands for "to the end" in slices
 
 
@@ -231,7 +232,8 @@ def structural_key(graph: fx.Graph, kinds: Sequence[str], symbol: Any) -> str:
 
     lines = [",".join(kinds)]
     for node in graph.nodes:
-        facts = sorted((k, str(v)) for k, v in node.meta.get("custom", {}).get(_KEY, {}).items())
+        noted = node.meta.get("custom", {}).get(_KEY, {})
+        facts = sorted((k, str(v)) for k, v in noted.items() if k != _COST)
         call = ""
         if node.op != "placeholder":
             call = f"{full_name(node.target)} {spelled(node.args)} {spelled(dict(node.kwargs))}"

@@ -11,6 +11,7 @@ from galvatron_compile.graph import LayeredGraph
 from galvatron_compile.layer_timing import LayerTiming, TimingKey, interpolate
 from galvatron_compile.mesh import data_ranks, tensor_ranks
 from galvatron_compile.passes.layer_estimate import Estimate, Estimator
+from galvatron_compile.passes.node_costs import note_costs
 from galvatron_compile.passes.reshard_cost import resharding_ms
 from galvatron_compile.passes.sharding.sharded_layer import ShardedLayer
 from galvatron_compile.passes.sharding.table import ShardingTable
@@ -45,6 +46,7 @@ def annotate(
     operators' FLOPs and bytes on the profile's rates (roofline, Williams et al. 2009).
     """
     writer = _Writer(layered, shardings, cluster, workload, timings)
+    note_costs(layered, writer.estimator, list(strategies))
     entries: dict[tuple[int, Strategy, int], LayerCost] = {}
     illegal: dict[tuple[int, Strategy], str] = {}
     for class_index in range(len(layered.classes)):

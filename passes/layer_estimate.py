@@ -46,7 +46,7 @@ class Estimator:
         self.tallies: dict[tuple[int, int, bool], tuple[Tally, Tally]] = {}
 
     def estimate(self, class_index: int, strategy: Strategy, local_batch: int) -> Estimate:
-        small, large = self._tallies(class_index, strategy)
+        small, large = self.tallies_of(class_index, strategy)
         at = _Line(local_batch)
         return Estimate(
             saved_bytes=int(at(small.saved_bytes, large.saved_bytes)),
@@ -56,14 +56,15 @@ class Estimator:
 
     def computation(self, class_index: int, strategy: Strategy, local_batch: int) -> LayerTiming:
         """Forward and backward from FLOPs and bytes. ProfileError for a dtype without a rate."""
-        small, large = self._tallies(class_index, strategy)
+        small, large = self.tallies_of(class_index, strategy)
         at = _Line(local_batch)
         return LayerTiming(
             self._time_ms(small.forward, large.forward, at),
             self._time_ms(small.backward, large.backward, at),
         )
 
-    def _tallies(self, class_index: int, strategy: Strategy) -> tuple[Tally, Tally]:
+    def tallies_of(self, class_index: int, strategy: Strategy) -> tuple[Tally, Tally]:
+        """What the class does in the strategy's form at the two counted batch sizes."""
         key = (class_index, strategy.tp, strategy.sequence_parallel)
         if key not in self.tallies:
             self.tallies[key] = (
