@@ -156,7 +156,7 @@ class Conversion:
     source: Placement
     target: Placement
     function: Callable[..., Tensor]
-    arguments: tuple[object, ...]
+    arguments: tuple[Any, ...]
     forward: CollectiveKind
     backward: CollectiveKind
 

@@ -18,7 +18,6 @@ from galvatron_compile import notation
 from galvatron_compile.cluster import ClusterProfile
 from galvatron_compile.errors import InfeasibleError, ShapeError
 from galvatron_compile.graph import Graph, LayeredGraph
-from galvatron_compile.printer import fingerprint
 from galvatron_compile.job import Job
 from galvatron_compile.layer_timing import default_cache_dir, measure_layers
 from galvatron_compile.mesh import Mesh
@@ -33,7 +32,8 @@ from galvatron_compile.passes.rewrite import mesh_degrees, rewrite
 from galvatron_compile.passes.sharding.table import ShardingTable, shard
 from galvatron_compile.passes.strategies import enumerate_strategies
 from galvatron_compile.plan import Plan
-from galvatron_compile.precision import Precision
+from galvatron_compile.precision import Precision, computing_in
+from galvatron_compile.printer import fingerprint
 from galvatron_compile.program import StageProgram
 from galvatron_compile.search_report import SearchReport
 
@@ -85,7 +85,9 @@ def compile(
     wanted = Wanted(global_batch_size, memory_bytes, precision, measure, seed, plan is not None)
     job.together(wanted.check, same=lambda _: str(wanted))
     setting = Setting(job, cluster_profile, Precision.parse(precision), memory_bytes, measure)
-    layered = job.together(lambda: understand(model, example_inputs, loss_fn), same=summary)
+    layered = job.together(
+        lambda: understand(model, example_inputs, loss_fn, setting.precision), same=summary
+    )
     batch_size = global_batch_size or layered.graph.example_batch_size
     broadcast_parameters(layered.graph, job)
     if plan is None:
@@ -154,10 +156,14 @@ class Decision:
 
 
 def understand(
-    model: torch.nn.Module, example_inputs: Inputs, loss_fn: Callable[[Any, Any], Any] | None
+    model: torch.nn.Module,
+    example_inputs: Inputs,
+    loss_fn: Callable[[Any, Any], Any] | None,
+    precision: Precision,
 ) -> LayeredGraph:
-    """capture → batch → layers."""
-    graph = capture(model, example_inputs, loss_fn)
+    """capture → batch → layers, in the dtype that will compute."""
+    with computing_in(model, precision):
+        graph = capture(model, precision.cast_all(example_inputs), loss_fn)
     graph = batch(graph)
     return find_layers(graph)
 
@@ -237,17 +243,6 @@ def build(
     return rewrite(
         layered, decision.plan, mesh, decision.shardings, setting.precision, setting.job.device
     )
-
-
-def describe(decision: Decision, program: StageProgram, setting: Setting) -> str:
-    """What was chosen, from which candidates, on which numbers; for people."""
-    plan = decision.plan
-    measured = "measured" if setting.cluster.is_measured else "DEFAULTS, not measured here"
-    parts = [str(decision.report)] if decision.report else []
-    parts += [f"plan: {notation.format(plan)}", str(plan)]
-    parts += [f"hardware numbers of {setting.cluster.name!r}: {measured}"]
-    parts += [f"remark: {remark}" for remark in program.remarks]
-    return "\n\n".join(parts)
 
 
 def broadcast_parameters(graph: Graph, job: Job) -> None:

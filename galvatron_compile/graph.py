@@ -29,6 +29,21 @@ def noted(node: fx.Node, fact: str, default: Any = None) -> Any:
     return node.meta.get("custom", {}).get(KEY, {}).get(fact, default)
 
 
+def copy_annotated(module: fx.GraphModule) -> fx.GraphModule:
+    """A new graph over the same parameters; annotations copied, not shared."""
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    for node in module.graph.nodes:
+        new = graph.node_copy(node, lambda n: mapping[n])
+        new.meta = dict(node.meta)
+        custom = node.meta.get("custom", {})
+        new.meta["custom"] = {
+            key: dict(value) if isinstance(value, dict) else value for key, value in custom.items()
+        }
+        mapping[node] = new
+    return fx.GraphModule(module, graph)
+
+
 @dataclass(frozen=True)
 class InputSpec:
     """How a batch becomes the graph's flat tensor inputs.

@@ -43,7 +43,7 @@ def format_graph(module: fx.GraphModule) -> str:
             rows.append((f"tensor {node.target}", kind, _notes(node)))
         elif node.op == "output":
             rows.append((f"return {_argument(node.args[0])}", "", ""))
-        elif _is_part(node):
+        elif _part(node) is not None:
             continue  # shown where it is used
         elif isinstance(node.meta.get("val"), (int, torch.SymInt)):
             rows.append((f"{node.name} = {_call(node)}", kind, ""))
@@ -90,31 +90,32 @@ def _call(node: fx.Node) -> str:
     return f"{short_name(node.target)}({', '.join([*_arguments(node.args), *keywords])})"
 
 
-def _is_part(node: object) -> bool:
-    """One output of a module call: written ``layers_0[1]``, not as a node of its own."""
-    return (
-        isinstance(node, fx.Node)
-        and node.target is operator.getitem
-        and isinstance(node.args[0], fx.Node)
-        and node.args[0].op == "call_module"
-    )
+def _part(node: object) -> tuple[fx.Node, int] | None:
+    """``(call, index)`` of one output of a module call, written ``layers_0[1]`` where used."""
+    if not isinstance(node, fx.Node) or node.target is not operator.getitem:
+        return None
+    call, index = node.args
+    if isinstance(call, fx.Node) and call.op == "call_module" and isinstance(index, int):
+        return call, index
+    return None
 
 
 def _arguments(values: Sequence[Any]) -> list[str]:
     """Neighbouring parts of one module call stand as one range, ``units_1[0:9]``."""
     texts: list[str] = []
-    run: list[fx.Node] = []
+    run: list[tuple[fx.Node, int]] = []
     for value in [*values, None]:
-        if run and _is_part(value) and value.args == (run[0].args[0], run[-1].args[1] + 1):
-            run.append(value)
+        part = _part(value)
+        if run and part is not None and part == (run[0][0], run[-1][1] + 1):
+            run.append(part)
             continue
         if run:
-            first, last = run[0].args[1], run[-1].args[1]
+            (call, first), (_, last) = run[0], run[-1]
             place = f"{first}" if len(run) == 1 else f"{first}:{last + 1}"
-            texts.append(f"{run[0].args[0].name}[{place}]")
+            texts.append(f"{call.name}[{place}]")
             run = []
-        if _is_part(value):
-            run = [value]
+        if part is not None:
+            run = [part]
         else:
             texts.append(_argument(value))
     return texts[:-1]  # the closing None
@@ -151,7 +152,7 @@ def _argument(value: Any) -> str:
 def _notes(node: fx.Node) -> str:
     facts: dict[str, Any] = dict(node.meta.get("custom", {}).get(_KEY, {}))
     words = ["no gradient"] if facts.pop("differentiable", True) is False else []
-    words += [f"{key} {value}" for key, value in facts.items()]
+    words += [f"{key} {value}" for key, value in facts.items() if value is not None]
     return "# " + ", ".join(words) if words else ""
 
 

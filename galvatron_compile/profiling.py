@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import os
-import platform
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -19,12 +15,18 @@ import torch.nn.functional as F
 from galvatron_compile.cluster import ClusterProfile, Device, Fact, Overlap
 from galvatron_compile.cluster_json import dumps, loads
 from galvatron_compile.curves import CollectiveCurve, RateCurve, rising
-from galvatron_compile.errors import ProfileError
 from galvatron_compile.profiling_collectives import (
     groups_of,
     measure_group,
     measure_overlap,
     measure_p2p,
+)
+from galvatron_compile.profiling_machine import (
+    describe_source,
+    device_memory,
+    device_name,
+    job_layout,
+    resident_bytes,
 )
 from galvatron_compile.stopwatch import Stopwatch
 
@@ -118,14 +120,14 @@ class _Measurement:
         self.device, self.sizes, self.progress = device, sizes, progress
         self.watch = Stopwatch(device, sizes.point_s, sizes.limit_s)
         self.rank = dist.get_rank() if dist.is_initialized() else 0
-        self.num_nodes, self.per_node = _layout()
-        self.source = _source(device, self.num_nodes, self.per_node)
+        self.num_nodes, self.per_node = job_layout()
+        self.source = describe_source(device, self.num_nodes, self.per_node)
         self.matmul: list[RateCurve] = []
         self.attention: list[RateCurve] = []
         self.collectives: list[CollectiveCurve] = []
         self.overlap = Overlap(1, 1, 1, f"{self.source}; one rank, nothing to overlap")
         self.memory = self.launch = 0.0
-        self.reserve_bytes = _resident_bytes()
+        self.reserve_bytes = resident_bytes()
 
     def run(self) -> ClusterProfile:
         steps = self.steps()
@@ -224,10 +226,10 @@ class _Measurement:
         self.overlap = Overlap(*factors, self.source)
 
     def profile(self) -> ClusterProfile:
-        reserve_bytes, memory_bytes = _device_memory(self.device, self.reserve_bytes, self.per_node)
+        reserve_bytes, memory_bytes = device_memory(self.device, self.reserve_bytes, self.per_node)
         reserve_bytes = int(self.watch.agree([reserve_bytes])[0])
         memory_bytes = -int(self.watch.agree([-memory_bytes])[0])  # the smallest
-        name = _device_name(self.device)
+        name = device_name(self.device)
         return ClusterProfile(
             name=f"{self.num_nodes}x{self.per_node}x{name}",
             device=Device(name, self.device.type, memory_bytes),
@@ -249,72 +251,6 @@ class _Measurement:
         text = [dumps(profile)]
         dist.broadcast_object_list(text, 0)
         return loads(text[0])
-
-
-def _layout() -> tuple[int, int]:
-    """(nodes, ranks per node), from torchrun or else from the host names."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return 1, 1
-    world_size = dist.get_world_size()
-    mine = (os.environ.get("LOCAL_WORLD_SIZE"), os.environ.get("GROUP_RANK"), socket.gethostname())
-    everyone: list[tuple[str | None, str | None, str]] = [mine] * world_size
-    dist.all_gather_object(everyone, mine)
-    counts = [int(local) for local, _, _ in everyone if local is not None]
-    if len(counts) < world_size or max(counts) > world_size:
-        hosts = [host for _, _, host in everyone]
-        counts = [hosts.count(host) for host in hosts]
-    if len(set(counts)) > 1 or world_size % counts[0]:
-        raise ProfileError(
-            f"nodes have different numbers of ranks ({counts}); start torchrun with the same "
-            "--nproc-per-node everywhere"
-        )
-    return world_size // counts[0], counts[0]
-
-
-def _source(device: torch.device, num_nodes: int, per_node: int) -> str:
-    date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    backend = f", {dist.get_backend()}" if dist.is_initialized() else ""
-    cuda = f", CUDA {torch.version.cuda}" if device.type == "cuda" else ""
-    threads = f", {torch.get_num_threads()} thread(s) a rank" if device.type == "cpu" else ""
-    return (
-        f"measured on {socket.gethostname()} ({num_nodes} x {per_node} ranks, "
-        f"{_device_name(device)}{threads}) at {date} with torch {torch.__version__}{cuda}"
-        f"{backend}, Python {platform.python_version()}"
-    )
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else []:
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _device_memory(device: torch.device, resident_bytes: int, per_node: int) -> tuple[int, int]:
-    """(bytes the framework keeps, bytes a rank may use) of the device."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        free_bytes, total_bytes = torch.cuda.mem_get_info(device)
-        return max(0, total_bytes - free_bytes - torch.cuda.memory_reserved(device)), total_bytes
-    total_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")  # a container's limit, where there is one
-    if limit.exists() and limit.read_text().strip().isdigit():
-        total_bytes = min(total_bytes, int(limit.read_text()))
-    return resident_bytes, total_bytes // per_node
-
-
-def _resident_bytes() -> int:
-    """Memory of this process so far: interpreter, torch and what else is loaded."""
-    statm = Path("/proc/self/statm")
-    if statm.exists():
-        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if platform.system() == "Darwin" else peak * KIB
 
 
 def _name(dtype: torch.dtype) -> str:

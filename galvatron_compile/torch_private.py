@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch.utils import _pytree as pytree
 
 # --- capture: pytrees and shape environments (checked on torch 2.11 and 2.13) ---
@@ -45,11 +47,20 @@ def shape_guards(value: torch.Tensor) -> list[tuple[Any, str | None]]:
     return [(guard.expr, guard.sloc.maybe_user_loc) for guard in environment.guards]
 
 
-def fake_mode_of(value: torch.Tensor) -> Any:
-    """The FakeTensorMode that made ``value``: entering it makes operators compute shapes only."""
+@contextlib.contextmanager
+def fake_mode_of(value: torch.Tensor | None) -> Iterator[None]:
+    """Operators compute shapes only, as when ``value`` was made; nothing changes if it is real.
+
+    Torch 2.11 takes a composite operator such as ``linear`` apart in C++, where symbolic sizes are
+    refused, unless the Python dispatcher is on; 2.13 does without.
+    """
     mode = getattr(value, "fake_mode", None)
-    assert mode is not None, "not a fake tensor"
-    return mode
+    if mode is None:
+        yield
+        return
+    with mode, enable_python_dispatcher():
+        yield
+
 
 
 # --- random operators: fake tensors and operator schemas (checked on torch 2.13) ---

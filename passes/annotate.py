@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypedDict
 
 from galvatron_compile.cluster import ClusterProfile
 from galvatron_compile.costs import CostTable, LayerCost
@@ -111,7 +112,7 @@ class _Writer:
     ) -> None:
         self.layered, self.shardings, self.cluster = layered, shardings, cluster
         self.workload, self.timings = workload, timings
-        self.estimator = Estimator(layered, shardings, cluster, workload.precision)
+        self.estimator = Estimator(layered, shardings, cluster)
 
     def cost(self, class_index: int, strategy: Strategy, count: int) -> LayerCost:
         sharded = self.shardings.get(class_index, strategy)
@@ -136,16 +137,15 @@ class _Writer:
     def _tensor_collectives(self, sharded: ShardedLayer, local_batch: int) -> dict[str, float]:
         """Time of the collectives inside the layer, by direction, for one micro-batch."""
         ranks = tensor_ranks(self.workload.world_size, sharded.tp)[0]
-        scale = activation_scale(self.layered, self.workload.precision)
         total_ms = {"forward": 0.0, "backward": 0.0}
         for item in sharded.collectives:
-            num_bytes = int(item.bytes(local_batch) * scale)
+            num_bytes = int(item.bytes(local_batch))
             total_ms[item.direction] += self.cluster.collective_ms(item.kind, num_bytes, ranks)
         return total_ms
 
     def _synchronisation(
         self, size: ParameterBytes, strategy: Strategy, sharded: ShardedLayer
-    ) -> dict[str, float]:
+    ) -> _Times:
         """Times of moving parameters and gradients along the data axis, and of the optimizer."""
         cluster = self.cluster
         ranks = data_ranks(self.workload.world_size, strategy.tp)[0]
@@ -156,7 +156,9 @@ class _Writer:
 
         gather, scatter = move("all_gather", size.working), move("reduce_scatter", size.gradient)
         once = {0: move("all_reduce", size.gradient), 1: scatter}.get(strategy.zero, 0.0)
-        deferred = cluster.collective_ms("all_reduce", size.partial, tensor) if size.partial else 0.0
+        deferred = 0.0
+        if size.partial:
+            deferred = cluster.collective_ms("all_reduce", size.partial, tensor)
         # The update reads weight, gradient and moments, and writes weight and moments.
         touched = size.master // size.owners(strategy) * (3 + 2 * ADAM_MOMENTS)
         return {
@@ -169,7 +171,24 @@ class _Writer:
         }
 
 
-def _memory(size: ParameterBytes, strategy: Strategy, estimate: Estimate) -> dict[str, int]:
+class _Times(TypedDict):
+    forward_gather_ms: float
+    backward_gather_ms: float
+    step_gather_ms: float
+    micro_reduce_ms: float
+    step_reduce_ms: float
+    optimizer_ms: float
+
+
+class _Bytes(TypedDict):
+    parameter_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    saved_bytes: int
+    transient_bytes: int
+
+
+def _memory(size: ParameterBytes, strategy: Strategy, estimate: Estimate) -> _Bytes:
     """Bytes on one rank, as the runtime's parameter units hold them (galvatron_compile.units)."""
     owners = size.owners(strategy)
     copy = size.working if strategy.zero in (1, 2) or (strategy.zero == 0 and size.mixed) else 0
@@ -228,11 +247,3 @@ def parameter_bytes(
             if placement.kind == "V" and sharded.tp > 1:
                 partial += count * precision.reduce_of(dtype).itemsize
     return ParameterBytes(working, master, gradient, partial, mixed)
-
-
-def activation_scale(layered: LayeredGraph, precision: Precision) -> float:
-    """Bytes of an activation when it runs over its bytes as captured (1/2 for fp32 run in bf16)."""
-    floats = [p.dtype for p in layered.graph.parameters.values() if p.dtype.is_floating_point]
-    if not floats:
-        return 1.0
-    return precision.compute_of(floats[0]).itemsize / floats[0].itemsize

@@ -8,7 +8,6 @@ import torch
 from torch import fx
 
 from galvatron_compile.graph import noted
-from galvatron_compile.precision import Precision
 
 
 def placeholders(graph: fx.GraphModule) -> list[fx.Node]:
@@ -31,7 +30,6 @@ def make_arguments(
     graph: fx.GraphModule,
     batch_symbol: Any,
     batch_size: int,
-    precision: Precision,
     device: torch.device,
 ) -> list[Any]:
     """One value per placeholder: small random floats, zeros for integers, all-true masks, seed 0.
@@ -46,8 +44,7 @@ def make_arguments(
             continue
         shape = concrete_shape(value, batch_symbol, batch_size)
         if value.dtype.is_floating_point:
-            dtype = precision.compute_of(value.dtype) if shape else value.dtype
-            made.append(torch.randn(shape, dtype=dtype, device=device) * 0.02 + 0.01)
+            made.append(torch.randn(shape, dtype=value.dtype, device=device) * 0.02 + 0.01)
         elif value.dtype is torch.bool:
             made.append(torch.ones(shape, dtype=torch.bool, device=device))
         else:

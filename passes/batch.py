@@ -27,13 +27,10 @@ import re
 from torch import fx
 
 from galvatron_compile.errors import UnsupportedError
-from galvatron_compile.graph import Graph, note, noted
-from galvatron_compile.passes.batch_loss import (
-    Denominators,
-    constant_in_parts,
-    mean_as_sum,
-    scalars_as_sums,
-)
+from galvatron_compile.graph import Graph, copy_annotated, note, noted
+from galvatron_compile.passes.batch_cost import IMPOSSIBLE, ConversionCosts
+from galvatron_compile.passes.batch_loss import constant_in_parts, mean_as_sum, scalars_as_sums
+from galvatron_compile.passes.denominators import Denominators
 from galvatron_compile.passes.sharding.rules import Rule, candidates, tensor_inputs
 from galvatron_compile.passes.sharding.rules_base import is_tensor_valued, packet_name
 from galvatron_compile.passes.sharding.views import quotient, shape_of, size_of
@@ -41,25 +38,11 @@ from galvatron_compile.placement import P, Placement, R, S, V
 
 # What a batch index (arange over the batch) may go through on its way to an indexing operator.
 INDEX_KEEPING = frozenset(
-    [
-        "unsqueeze",
-        "squeeze",
-        "view",
-        "_unsafe_view",
-        "reshape",
-        "slice",
-        "expand",
-        "permute",
-        "transpose",
-        "to",
-        "_to_copy",
-        "clone",
-        "contiguous",
-        "alias",
-        "detach",
-    ]
-)
-IMPOSSIBLE = float("inf")
+    {
+        "unsqueeze", "squeeze", "view", "_unsafe_view", "reshape", "slice", "expand", "permute",
+        "transpose", "to", "_to_copy", "clone", "contiguous", "alias", "detach",
+    }
+)  # fmt: skip
 
 
 class _MixesError(Exception):
@@ -95,9 +78,10 @@ class _Attempt:
         self.source = source
         self.gathered = gathered
         self.symbol = source.batch_symbol
-        self.module = _copy(source.module)
+        self.module = copy_annotated(source.module)
         self.graph = self.module.graph
         self.denominators = Denominators(self.graph)
+        self.costs = ConversionCosts(self.symbol, self.denominators)
         self.origin: dict[fx.Node, str] = {node: node.name for node in self.graph.nodes}
         self.mixed = False
 
@@ -137,13 +121,6 @@ class _Attempt:
         if isinstance(text, list | tuple):
             text = text[user.args[1]] if packet_name(user.target) == "getitem" else text[0]  # type: ignore[index]
         return Placement.parse(text)
-
-    def is_whole(self, node: fx.Node, placement: Placement) -> bool:
-        """Not sharded although it has a dim of the batch's size: gathered from all ranks."""
-        value = node.meta["val"]
-        first = value[0] if isinstance(value, list | tuple) else value
-        sized = any(quotient(size, self.symbol) is not None for size in shape_of(first))
-        return sized and not placement.is_shard
 
     # Operators -------------------------------------------------------------------------------
 
@@ -198,11 +175,12 @@ class _Attempt:
     def choose(self, node: fx.Node, inputs: list[fx.Node], forced: bool) -> None:
         """Take the rule that needs the fewest conversions, and make them."""
         placed = [self.placement(value, node) for value in inputs]
-        has_whole = any(map(self.is_whole, inputs, placed))
+        has_whole = any(map(self.costs.is_whole, inputs, placed))
         rules = candidates(node, None, self.symbol)
         if forced:
             rules = [rule for rule in rules if rule.name in ("replicate", "same")]
-        costs = [self.cost(node, rule, inputs, placed, forced or has_whole) for rule in rules]
+        gathers = forced or has_whole
+        costs = [self.costs.of_rule(node, rule, inputs, placed, gathers) for rule in rules]
         best = min(range(len(rules)), key=costs.__getitem__)
         if costs[best] == IMPOSSIBLE:
             if forced:
@@ -215,44 +193,8 @@ class _Attempt:
         outputs = [V if differentiable and out == R else out for out in rule.outputs]
         texts = [str(out) for out in outputs]
         note(node, data=texts if isinstance(value, list | tuple) else texts[0])
-        if self.is_whole(node, outputs[0]):
+        if self.costs.is_whole(node, outputs[0]):
             self.whole_sizes(node, inputs)
-
-    def cost(
-        self,
-        node: fx.Node,
-        rule: Rule,
-        inputs: list[fx.Node],
-        placed: list[Placement],
-        may_gather: bool,
-    ) -> float:
-        total = 0.0
-        for value, source, target in zip(inputs, placed, rule.inputs, strict=True):
-            total += self.conversion_cost(value, source, target, may_gather)
-        made_whole = self.is_whole(node, rule.outputs[0]) if rule.outputs else False
-        if made_whole and not any(map(self.is_whole, inputs, rule.inputs)):
-            return IMPOSSIBLE  # its size is the rank's share, yet it would claim to be the whole
-        return total
-
-    def conversion_cost(
-        self, value: fx.Node, source: Placement, target: Placement, may_gather: bool
-    ) -> float:
-        if source == target or {source, target} == {R, V}:
-            return 0
-        tensor = value.meta["val"]
-        if not hasattr(tensor, "dtype"):
-            return IMPOSSIBLE
-        if source in (R, V) and target == P:
-            return 1 if tensor.dtype.is_floating_point else IMPOSSIBLE
-        if source == P and target in (R, V):
-            return 5 if self.denominators.can_sum(value) else IMPOSSIBLE
-        if noted(value, "batch_index"):
-            return IMPOSSIBLE
-        if source.is_shard and target in (R, V):
-            return 100 if may_gather else IMPOSSIBLE
-        if source in (R, V) and target.is_shard and self.is_whole(value, source):
-            return 10
-        return IMPOSSIBLE
 
     def convert(
         self, node: fx.Node, rule: Rule, inputs: list[fx.Node], placed: list[Placement]
@@ -350,21 +292,6 @@ def _differentiable(node: fx.Node, inputs: list[fx.Node]) -> bool:
     constant = packet_name(node.target).endswith("_like")
     cut = packet_name(node.target) == "detach" or constant
     return floating and not cut and any(noted(v, "differentiable") for v in inputs)
-
-
-def _copy(module: fx.GraphModule) -> fx.GraphModule:
-    """A new graph over the same parameters; annotations copied, not shared."""
-    graph = fx.Graph()
-    mapping: dict[fx.Node, fx.Node] = {}
-    for node in module.graph.nodes:
-        new = graph.node_copy(node, lambda n: mapping[n])
-        new.meta = dict(node.meta)
-        custom = node.meta.get("custom", {})
-        new.meta["custom"] = {
-            key: dict(value) if isinstance(value, dict) else value for key, value in custom.items()
-        }
-        mapping[node] = new
-    return fx.GraphModule(module, graph)
 
 
 def _line(node: fx.Node) -> str:

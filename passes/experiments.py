@@ -13,6 +13,7 @@ from galvatron_compile.layer_timing import Experiment, FormKey
 from galvatron_compile.mesh import Axis
 from galvatron_compile.passes.annotate import Workload
 from galvatron_compile.passes.arguments import differentiable_flags, make_arguments
+from galvatron_compile.passes.normalise import retarget_devices
 from galvatron_compile.passes.sharding import localise
 from galvatron_compile.passes.sharding.table import ShardingTable
 from galvatron_compile.printer import full_name
@@ -38,10 +39,11 @@ def experiments(
                 s for s in strategies if (s.tp, s.sequence_parallel) == (tp, sp)
             )
             sharded = shardings.get(class_index, strategy)
-            graph = localise(sharded, Axis.dry_run(f"tp{tp}", tp)).to(device)
+            graph = localise(sharded, Axis.dry_run(f"tp{tp}", tp))
+            retarget_devices(graph, device)
             for size in sorted({min(batches), max(batches)}):
-                text = f"{_describe(graph, layered)} batch={size} {workload.precision}"
-                run = _runner(graph, layered, layer_class.kinds, size, workload, device)
+                text = f"{_describe(graph, layered)} batch={size}"
+                run = _runner(graph, layered, layer_class.kinds, size, device)
                 runs.append(Experiment((*form, size), text, run))
     return runs
 
@@ -79,7 +81,6 @@ def _runner(
     layered: LayeredGraph,
     kinds: tuple[str, ...],
     batch_size: int,
-    workload: Workload,
     device: torch.device,
 ) -> Callable[[], Any]:
     """A function that runs the graph on fresh arguments, made when first called."""
@@ -89,7 +90,7 @@ def _runner(
     def forward() -> Any:
         if not made:
             symbol = layered.graph.batch_symbol
-            made.extend(make_arguments(graph, symbol, batch_size, workload.precision, device))
+            made.extend(make_arguments(graph, symbol, batch_size, device))
         for value, wanted in zip(made, flags, strict=True):
             if wanted:
                 value.requires_grad_(True).grad = None

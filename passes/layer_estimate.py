@@ -12,10 +12,10 @@ from galvatron_compile.graph import LayeredGraph
 from galvatron_compile.layer_timing import LayerTiming
 from galvatron_compile.mesh import Axis
 from galvatron_compile.passes.arguments import differentiable_flags, make_arguments
+from galvatron_compile.passes.normalise import retarget_devices
 from galvatron_compile.passes.sharding import localise
 from galvatron_compile.passes.sharding.table import ShardingTable
 from galvatron_compile.passes.tally import ATTENTION, MATMUL, OperatorCount, Tally, tally
-from galvatron_compile.precision import Precision
 from galvatron_compile.strategy import Strategy
 
 # Counting at two batch sizes gives every quantity as a straight line in the batch size.
@@ -39,10 +39,9 @@ class Estimator:
         layered: LayeredGraph,
         shardings: ShardingTable,
         cluster: ClusterProfile,
-        precision: Precision,
     ) -> None:
         self.layered, self.shardings = layered, shardings
-        self.cluster, self.precision = cluster, precision
+        self.cluster = cluster
         self.tallies: dict[tuple[int, int, bool], tuple[Tally, Tally]] = {}
 
     def estimate(self, class_index: int, strategy: Strategy, local_batch: int) -> Estimate:
@@ -76,11 +75,12 @@ class Estimator:
     def _tally(self, class_index: int, strategy: Strategy, batch: int) -> Tally:
         sharded = self.shardings.get(class_index, strategy)
         graph = localise(sharded, Axis.dry_run(f"tp{strategy.tp}", strategy.tp))
+        retarget_devices(graph, torch.device("cpu"))
         kinds = self.layered.classes[class_index].kinds
         symbol = self.layered.graph.batch_symbol
 
         def arguments() -> list[object]:
-            return make_arguments(graph, symbol, batch, self.precision, torch.device("cpu"))
+            return make_arguments(graph, symbol, batch, torch.device("cpu"))
 
         return tally(
             graph,

@@ -10,10 +10,8 @@ logits, the largest value of a language model, whole on every rank.
 
 from __future__ import annotations
 
-import itertools
 import operator
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +19,7 @@ import torch
 from torch import fx
 
 from galvatron_compile.graph import Graph, Layer, LayeredGraph
+from galvatron_compile.passes.blocks import find_blocks
 from galvatron_compile.passes.cut import crossing, cut, is_scalar, users_through_scalars
 
 aten = torch.ops.aten
@@ -31,7 +30,6 @@ _PRODUCTS = frozenset(
         aten.bmm.default, aten.einsum.default, aten.conv1d.default, aten.conv2d.default,
     }
 )  # fmt: skip
-_SEQUENTIAL = "torch.nn.modules.container.Sequential"
 _BALANCED_LAYERS = 4  # of a model without repeated blocks, at most
 
 
@@ -46,7 +44,7 @@ def find_layers(graph: Graph) -> LayeredGraph:
     """Divide ``graph`` into layers, and group equal layers into classes."""
     nodes = _ordered(graph)
     heavy = _parameter_users(graph)
-    blocks = _find_blocks(nodes, heavy)
+    blocks = find_blocks(nodes, heavy)
     pieces = _around(nodes, blocks, heavy) if blocks else _balanced(graph, nodes)
     outputs = crossing(graph, [piece.nodes for piece in pieces])
     cuts = [
@@ -96,88 +94,6 @@ def _parameter_users(graph: Graph) -> frozenset[fx.Node]:
             if all(source in weights for source in sources):  # a transpose, a cast
                 weights.add(node)
     return frozenset(users)
-
-
-# --- blocks from the module stack ---------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Group:
-    """Members (module paths) of one container, with the nodes computed in each."""
-
-    depth: int
-    members: dict[str, list[fx.Node]]
-
-
-def _stack(node: fx.Node) -> list[tuple[str, str]]:
-    return [(path, str(kind)) for path, kind in node.meta.get("nn_module_stack", {}).values()]
-
-
-def _find_blocks(nodes: Sequence[fx.Node], heavy: frozenset[fx.Node]) -> dict[fx.Node, str]:
-    """The block that each node is in: members of the outermost containers that repeat."""
-    for accepts in (_list_like, _siblings):
-        groups = sorted(_groups(nodes, accepts), key=lambda group: group.depth)
-        blocks: dict[fx.Node, str] = {}
-        for group in groups:
-            inside = [n for member in group.members.values() for n in member]
-            least = 2 if accepts is _siblings else 1
-            if _repeats(group, heavy, least) and not any(n in blocks for n in inside):
-                blocks |= {n: path for path, member in group.members.items() for n in member}
-        if blocks:
-            return blocks
-    return {}
-
-
-def _list_like(parent: tuple[str, str], container: str) -> bool:
-    """A container that is not called itself (ModuleList, ModuleDict), or a Sequential."""
-    return container != parent[0] or parent[1] == _SEQUENTIAL
-
-
-def _siblings(parent: tuple[str, str], container: str) -> bool:
-    return not _list_like(parent, container)
-
-
-def _groups(
-    nodes: Sequence[fx.Node], accepts: Callable[[tuple[str, str], str], bool]
-) -> list[_Group]:
-    found: dict[tuple[str, str], _Group] = {}
-    for node in nodes:
-        stack = _stack(node)
-        for depth, (parent, child) in enumerate(itertools.pairwise(stack)):
-            container = child[0].rpartition(".")[0]
-            if accepts(parent, container):
-                group = found.setdefault((parent[0], container), _Group(depth, {}))
-                group.members.setdefault(child[0], []).append(node)
-    return list(found.values())
-
-
-def _repeats(group: _Group, heavy: frozenset[fx.Node], least: int) -> bool:
-    """Members that use parameters (``least`` times) are alike, and each feeds the next."""
-    members = [m for m in group.members.values() if sum(n in heavy for n in m) >= least]
-    if len(members) < 2:
-        return False
-    kinds = Counter(tuple(sorted(str(n.target) for n in member)) for member in members)
-    similar = any(_similarity(a, b) > 0.5 for a, b in itertools.pairwise(members))
-    chained = all(_reaches(a, b) for a, b in itertools.pairwise(members))
-    return chained and (similar or max(kinds.values()) > 1)
-
-
-def _similarity(a: Sequence[fx.Node], b: Sequence[fx.Node]) -> float:
-    """Shared operations over all operations of two members, 1 if they do the same."""
-    left, right = (Counter(str(node.target) for node in member) for member in (a, b))
-    return (left & right).total() / (left | right).total()
-
-
-def _reaches(source: Sequence[fx.Node], target: Sequence[fx.Node]) -> bool:
-    goal, seen, pending = set(target), set(source), list(source)
-    while pending:
-        for user in pending.pop().users:
-            if user in goal:
-                return True
-            if user not in seen:
-                seen.add(user)
-                pending.append(user)
-    return False
 
 
 # --- pieces around the blocks -------------------------------------------------------------------

@@ -84,9 +84,12 @@ class Normaliser:
         if isinstance(target, torch._ops.HigherOrderOperator):
             return self.inline(module, node, env)
         if target is operator.getitem:
-            held = env[node.args[0]]
+            packed, position = node.args
+            assert isinstance(packed, fx.Node)
+            held = env[packed]
             if isinstance(held, (tuple, list)):
-                return held[node.args[1]]
+                assert isinstance(position, int)
+                return held[position]
         if is_inplace(node) and target not in _DETACHES:
             return mutations.rewrite(node, env)
         mutations.follow(node)
@@ -94,7 +97,9 @@ class Normaliser:
         return self.spelled(node, args, dict(kwargs))
 
     def spelled(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        target, source = node.target, args[0] if args else None
+        target = node.target
+        source: Any = args[0] if args else None
+        assert not isinstance(target, str)  # of a call_function
         if target in _IDENTITIES:
             return source
         if target in _DETACHES:

@@ -2,8 +2,8 @@
 
 The answer is the optimum of the price in :mod:`galvatron_compile.passes.pricing` over every
 assignment of strategies to layers and every number of micro-batches, costs of changing layout
-between neighbours included; :mod:`galvatron_compile.passes.chain` says how. Of equally fast plans
-the one that changes strategy least often is taken.
+between neighbours included; :mod:`galvatron_compile.passes.chain_search` says how. Of equally fast
+plans the one that changes strategy least often is taken.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import numpy as np
 from galvatron_compile import notation
 from galvatron_compile.costs import CostTable
 from galvatron_compile.errors import InfeasibleError, PlanError
-from galvatron_compile.passes.chain import Chain, Ints, smallest_memory, solve
+from galvatron_compile.passes.chain import Chain, Ints, smallest_memory
+from galvatron_compile.passes.chain_search import solve
 from galvatron_compile.passes.pricing import (
     layer_step_ms,
     layer_step_ns,

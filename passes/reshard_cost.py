@@ -86,7 +86,7 @@ def _cut_ms(
         if not isinstance(value, torch.Tensor) or name in layered.graph.inputs.names:
             continue
         shape = concrete_shape(value, layered.graph.batch_symbol, batch)
-        whole = torch.Size(shape).numel() * workload.precision.compute_of(value.dtype).itemsize
+        whole = torch.Size(shape).numel() * value.dtype.itemsize
         differentiable = value.dtype.is_floating_point
         layouts = Layout(source.tp, made.get(name, R), data), Layout(target.tp, tensor, data)
         for step in steps(*layouts):
@@ -104,12 +104,12 @@ def _step_ms(
 ) -> float:
     """``whole_bytes``: the value over all ranks; a rank's block of the batch is 1/dp of it."""
     small, large = step.axis
-    axis = tensor_ranks(world_size, small) if small == large else merge_ranks(world_size, small, large)
+    within = small == large
+    axis = tensor_ranks(world_size, small) if within else merge_ranks(world_size, small, large)
     block = whole_bytes // (world_size // large) if data.is_shard else whole_bytes
     found = conversion(step.source, step.target)
     if found is None or len(axis[0]) == 1:
         return 0.0
     kinds = [found.forward, *([found.backward] if differentiable else [])]
-    return sum(
-        cluster.collective_ms(kind, block, axis[0]) for kind in kinds if kind not in ("none", "local")
-    )
+    moving = [kind for kind in kinds if kind not in ("none", "local")]
+    return sum(cluster.collective_ms(kind, block, axis[0]) for kind in moving)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import operator
 from collections import Counter
@@ -11,10 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from galvatron_compile.errors import UnsupportedError
 from galvatron_compile.graph import Layer, LayeredGraph, note
 from galvatron_compile.layout import ParameterLayout
 from galvatron_compile.mesh import Mesh
 from galvatron_compile.operators import without_dropout
+from galvatron_compile.passes.normalise import retarget_devices
 from galvatron_compile.passes.reshard import Layout, Resharder
 from galvatron_compile.passes.sharding import ShardedLayer, localise
 from galvatron_compile.passes.sharding.apply import gather_batch
@@ -49,16 +52,16 @@ def rewrite(
     device: torch.device,
 ) -> StageProgram:
     """Build the program of ``mesh.rank``: its graphs with collectives, its slice of parameters."""
-    layers = _LayerModules(layered, plan, mesh, shardings)
+    layers = _LayerModules(layered, plan, mesh, shardings, device)
     units = _parameter_units(layered, plan, mesh, layers, precision, device)
-    builder = _Builder(layered, plan, mesh, layers, units, precision, device)
+    builder = _Builder(layered, plan, mesh, layers, units, device)
     return StageProgram(
         module=builder.build(layers.training),
         evaluation=builder.build(layers.evaluation),
         plan=plan,
         mesh=mesh,
         units=units.ordered,
-        denominators=layered.graph.denominators,
+        denominators=_denominators(layered, device),
         inputs=layered.graph.inputs,
         buffers=builder.buffers,
         tied=layered.graph.tied,
@@ -71,7 +74,12 @@ class _LayerModules:
     """One graph per (class, tp, sp, dp) of the plan, and one module per layer around it."""
 
     def __init__(
-        self, layered: LayeredGraph, plan: Plan, mesh: Mesh, shardings: ShardingTable
+        self,
+        layered: LayeredGraph,
+        plan: Plan,
+        mesh: Mesh,
+        shardings: ShardingTable,
+        device: torch.device,
     ) -> None:
         self.sharded: list[ShardedLayer] = []
         self.graphs: dict[str, fx.GraphModule] = {}
@@ -84,6 +92,7 @@ class _LayerModules:
             name = _graph_name(layered.layer_class(layer).name, strategy)
             if name not in self.graphs:
                 graph = localise(sharded, mesh.tensor(strategy.tp))
+                retarget_devices(graph, device)
                 self.graphs[name] = gather_batch(graph, mesh.data(strategy.tp))
                 evaluation[name] = without_dropout(self.graphs[name])
             graph = self.graphs[name]
@@ -177,13 +186,12 @@ class _Builder:
         mesh: Mesh,
         layers: _LayerModules,
         units: _Units,
-        precision: Precision,
         device: torch.device,
     ) -> None:
         self.layered, self.plan, self.mesh = layered, plan, mesh
         self.layers, self.units = layers, units
         self.buffers = {
-            name: precision.cast(value.to(device)) for name, value in layered.graph.buffers.items()
+            name: _on_device(name, value, device) for name, value in layered.graph.buffers.items()
         }
 
     def build(self, modules: Sequence[torch.nn.Module]) -> fx.GraphModule:
@@ -191,7 +199,7 @@ class _Builder:
         root.units = torch.nn.ModuleList(self.units.ordered)
         root.layers = torch.nn.ModuleList(modules)
         root.fences = torch.nn.ModuleDict()
-        graph = fx.Graph(root)
+        graph = fx.Graph()
         values = self._inputs(graph)
         seed = graph.placeholder("seed")
         resharder = Resharder(graph, root, self.mesh)
@@ -199,8 +207,9 @@ class _Builder:
         for index in range(last + 1):
             self._layer(index, graph, root, values, resharder, seed)
         graph.output((values[self.layered.loss][0],))
-        graph.lint()
-        return fx.GraphModule(root, graph, class_name="StageProgram")
+        program = fx.GraphModule(root, graph, class_name="StageProgram")
+        program.graph.lint()
+        return program
 
     def _inputs(self, graph: fx.Graph) -> dict[str, tuple[fx.Node, Layout]]:
         """A rank is given its share of the batch: as if a layer of that data degree had made it."""
@@ -236,13 +245,13 @@ class _Builder:
         ]
         parameters = self._parameters(index, graph)
         buffers = [self._buffer(name, graph, root) for name in layer.buffers]
-        mine = graph.call_function(
-            layer_seed, (seed, index, self.mesh.data(strategy.tp).index)
-        )
+        mine = graph.call_function(layer_seed, (seed, index, self.mesh.data(strategy.tp).index))
         called = graph.call_module(f"layers.{index}", (*activations, *parameters, *buffers, mine))
         called.meta["val"] = tuple(self._value(name) for name in layer.outputs)
         note(called, layer=layer.name, strategy=str(strategy))
-        outputs = [graph.call_function(operator.getitem, (called, k)) for k in range(len(layer.outputs))]
+        outputs = [
+            graph.call_function(operator.getitem, (called, k)) for k in range(len(layer.outputs))
+        ]
         outputs = self._fence(index, graph, root, outputs)
         for name, node, tensor, data in zip(
             layer.outputs, outputs, sharded.outputs, layer_class.data_outputs, strict=True
@@ -270,7 +279,9 @@ class _Builder:
         gathered = [unit for unit in own if unit.zero == 3]
         if not gathered:
             return outputs
-        root.fences[str(index)] = BackwardFence(gathered)
+        fences = root.fences
+        assert isinstance(fences, torch.nn.ModuleDict)
+        fences[str(index)] = BackwardFence(gathered)
         called = graph.call_module(f"fences.{index}", tuple(outputs))
         note(called, zero3="frees the parameters here, gathers them again in backward")
         return [graph.call_function(operator.getitem, (called, k)) for k in range(len(outputs))]
@@ -279,3 +290,20 @@ class _Builder:
         nodes = self.layered.graph.module.graph.nodes
         return next(node.meta.get("val") for node in nodes if node.name == name)
 
+
+def _denominators(layered: LayeredGraph, device: torch.device) -> fx.GraphModule | None:
+    if layered.graph.denominators is None:
+        return None
+    module = copy.deepcopy(layered.graph.denominators).to(device)
+    retarget_devices(module, device)
+    return module
+
+
+def _on_device(name: str, value: torch.Tensor, device: torch.device) -> torch.Tensor:
+    if value.is_meta:
+        raise UnsupportedError(
+            f"buffer {name!r} is on the meta device, and a checkpoint need not hold it; make the "
+            "model so that only its parameters are there (for a Hugging Face model: accelerate's "
+            "init_empty_weights(include_buffers=False))"
+        )
+    return value.to(device)

@@ -15,12 +15,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import galvatron_compile as gc
+from galvatron_compile import notation
 from galvatron_compile.demo.data import Text
 from galvatron_compile.demo.model import Deviation, build_model, num_parameters
 from galvatron_compile.demo.report import Summary, Timed, draw
 from galvatron_compile.demo.train import Task, Trainer, measure_step_ms
 from galvatron_compile.parallel_model import ParallelModel
 from galvatron_compile.profiling import measure
+from galvatron_compile.search_report import Candidate, SearchReport
 
 
 def arguments() -> argparse.Namespace:
@@ -53,7 +55,7 @@ def demo(options: argparse.Namespace, console: Console) -> None:
     task = Task(Text.read(), options.batch_size, options.length)
     console.rule("1. The machine")
     cluster = measure(quick=True)
-    console.print(str(cluster), highlight=False)
+    console.print(str(cluster), highlight=False, soft_wrap=True)
 
     console.rule("2. The plan")
     model = build_model()
@@ -69,7 +71,6 @@ def demo(options: argparse.Namespace, console: Console) -> None:
     train(trainer, options.seconds, console)
     measured_memory_bytes = trainer.peak_bytes()
     after = trainer.deviation(first=False)
-    console.print(parallel.report(), highlight=False, soft_wrap=True)
 
     console.rule("4. Prediction and proof")
     alternatives = compare(parallel, cluster, task, options.alternatives)
@@ -121,20 +122,36 @@ def train(trainer: Trainer, seconds: float, console: Console) -> None:
 def compare(
     parallel: ParallelModel, cluster: gc.ClusterProfile, task: Task, num_plans: int
 ) -> tuple[Timed, ...]:
-    """Measure the best uniform plans that were not chosen, each for a few steps."""
+    """Measure uniform plans that were not chosen, each for a few steps.
+
+    One of every kind that the search priced, so that the prediction is tried away from its choice.
+    """
     if parallel.search is None:
         return ()
     found: list[Timed] = []
-    for candidate in parallel.search.candidates:
-        plan = candidate.plan
-        if len(found) == num_plans or plan is None or not candidate.fits:
-            break
-        if plan.strategies == parallel.plan.strategies:
-            continue
-        step_ms = measure_step_ms(compile_for(build_model(), cluster, task, plan), task)
-        name = f"{candidate.strategy} × {plan.num_micro_batches}"
-        found.append(Timed(name, float(candidate.predicted["step_ms"]), step_ms))
+    for candidate in one_of_each_kind(parallel.search, parallel.plan)[:num_plans]:
+        assert candidate.plan is not None
+        step_ms = measure_step_ms(compile_for(build_model(), cluster, task, candidate.plan), task)
+        found.append(Timed(name_of(candidate.plan), candidate.predicted["step_ms"], step_ms))
     return tuple(found)
+
+
+def one_of_each_kind(search: SearchReport, chosen: gc.Plan) -> list[Candidate]:
+    """The fastest that fits of every (tp, sharded parameters or not), other than the chosen."""
+    kinds: dict[tuple[int, bool], Candidate] = {}
+    for candidate in search.candidates:
+        strategy = candidate.strategy
+        if candidate.plan is None or not candidate.fits:
+            continue
+        if candidate.plan.strategies != chosen.strategies:
+            kinds.setdefault((strategy.tp, strategy.zero == 3), candidate)
+    return list(kinds.values())
+
+
+def name_of(plan: gc.Plan) -> str:
+    """The plan in the compact notation, cut short if it is long."""
+    text = notation.format(plan)
+    return text if len(text) <= 34 else f"{text[:31]}…"
 
 
 def summarise(
@@ -150,6 +167,7 @@ def summarise(
         max_rel_loss_error=worst.loss,
         max_rel_grad_error=worst.gradient,
         alternatives=alternatives,
+        name=name_of(trainer.parallel.plan),
     )
 
 

@@ -36,6 +36,7 @@ class Summary:
     max_rel_loss_error: float
     max_rel_grad_error: float
     alternatives: tuple[Timed, ...] = ()
+    name: str = ""  # the chosen plan in the compact notation
 
     def save(self, path: Path, plan: Plan) -> None:
         """Write JSON: these fields, and ``plan`` in the schema of saved plans."""
@@ -48,7 +49,7 @@ class Summary:
         for heading in ("", "predicted", "measured", "predicted / measured"):
             table.add_column(heading, justify="left" if not heading else "right")
         rows = [
-            ("step time, ms", self.predicted_step_ms, self.measured_step_ms),
+            (f"step time, ms: {self.name}", self.predicted_step_ms, self.measured_step_ms),
             (
                 "memory of a rank, MiB",
                 self.predicted_memory_bytes / MIB,
@@ -77,7 +78,7 @@ def draw(summary: Summary, path: Path) -> None:
     left.set(xlabel="step", ylabel="loss, nats per byte", title="Small Llama, stdlib sources")
     left.grid(alpha=0.3)
 
-    chosen = Timed("chosen plan", summary.predicted_step_ms, summary.measured_step_ms)
+    chosen = Timed(f"chosen: {summary.name}", summary.predicted_step_ms, summary.measured_step_ms)
     plans = [chosen, *(p for p in summary.alternatives if p.measured_step_ms is not None)]
     places = range(len(plans))
     predicted = [plan.predicted_step_ms for plan in plans]
@@ -93,6 +94,6 @@ def draw(summary: Summary, path: Path) -> None:
     right.invert_yaxis()
     right.margins(x=0.12)
     right.set(xlabel="ms per step", title="Step time")
-    right.legend(loc="lower right", frameon=False)
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower right", ncols=2)
     path.parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure).print_png(str(path))

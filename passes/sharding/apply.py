@@ -65,7 +65,7 @@ class Converter:
         made = self.graph.call_function(step.function, args)
         copy_notes(made, node)
         note(made, data_inputs=None)  # the node's own demand, not that of its conversion
-        note(made, conversion=f"{source}→{target}")
+        note(made, tensor=str(target), conversion=f"{source}→{target}")
         return made
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import fx
 
 from galvatron_compile.mesh import Axis
 from galvatron_compile.placement import Placement
+from galvatron_compile.torch_private import fake_mode_of
 
 
 def local_value(value: Any, placement: Placement, size: int) -> Any:
@@ -25,8 +25,7 @@ def local_value(value: Any, placement: Placement, size: int) -> Any:
 def propagate(module: fx.GraphModule) -> None:
     """Fill in ``meta["val"]`` from the placeholders' values on; collectives move nothing."""
     values = [node.meta.get("val") for node in module.graph.find_nodes(op="placeholder")]
-    mode = next((v.fake_mode for v in values if hasattr(v, "fake_mode")), None)
-    with torch.no_grad(), mode if mode is not None else contextlib.nullcontext():
+    with torch.no_grad(), fake_mode_of(next((v for v in values if hasattr(v, "fake_mode")), None)):
         _Propagation(module).run(*values)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from galvatron_compile.graph import noted
 from galvatron_compile.passes.sharding.rules_base import (
     Emit,
     Emitter,
@@ -26,14 +27,22 @@ from galvatron_compile.passes.sharding.rules_base import (
 from galvatron_compile.passes.sharding.rules_elementwise import ELEMENTWISE, pointwise
 from galvatron_compile.passes.sharding.rules_index import INDEX
 from galvatron_compile.passes.sharding.rules_matmul import MATMUL
+from galvatron_compile.passes.sharding.rules_pieces import PIECES
 from galvatron_compile.passes.sharding.rules_reduce import REDUCE
 from galvatron_compile.passes.sharding.rules_shape import SHAPE
 from galvatron_compile.passes.sharding.views import Size, can_shard, map_shard, shape_of
-from galvatron_compile.placement import R, V
+from galvatron_compile.placement import Placement, R, V
 
 __all__ = ["Emit", "Emitter", "Rule", "candidates", "outers_of", "rule_function", "tensor_inputs"]
 
-RULES: dict[str, RuleFunction] = {**ELEMENTWISE, **MATMUL, **SHAPE, **REDUCE, **INDEX}
+RULES: dict[str, RuleFunction] = {
+    **ELEMENTWISE,
+    **MATMUL,
+    **SHAPE,
+    **PIECES,
+    **REDUCE,
+    **INDEX,
+}
 
 # The largest constant outer taken from a view: fused projections have 2 to 4 pieces. Larger ones
 # stem from sharding a head dim, which no operator behind it can use.
@@ -117,9 +126,6 @@ def _view_outers(source: tuple[Size, ...], target: tuple[Size, ...], n: Size) ->
 
 def _data_outers(inputs: list[fx.Node]) -> tuple[Size, ...]:
     """1, and those that the inputs' own placements on the data axis have."""
-    from galvatron_compile.graph import noted
-    from galvatron_compile.placement import Placement
-
     found: dict[Size, None] = {1: None}
     for value in inputs:
         placed = noted(value, "data")

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import fx
 
+from galvatron_compile import operators
 from galvatron_compile.graph import noted
 from galvatron_compile.passes.sharding.rules_base import (
     Emitter,
@@ -35,8 +36,6 @@ def embedding(site: Site) -> Iterator[Rule]:
 
 
 def _embedding_shard(e: Emitter) -> fx.Node:
-    from galvatron_compile import operators
-
     arguments = (e.argument("weight"), e.argument("indices"), e.argument("padding_idx"), e.axis)
     return e.graph.call_function(operators.embedding_shard, arguments)
 

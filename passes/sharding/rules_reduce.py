@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import fx
 
+from galvatron_compile import operators
 from galvatron_compile.passes.sharding.rules_base import (
     Emitter,
     Rule,
@@ -14,7 +16,7 @@ from galvatron_compile.passes.sharding.rules_base import (
     aligned,
     normal_dims,
 )
-from galvatron_compile.passes.sharding.rules_shape import others
+from galvatron_compile.passes.sharding.rules_pieces import others
 from galvatron_compile.passes.sharding.views import shape_of
 from galvatron_compile.placement import P, Placement, R, S
 
@@ -69,8 +71,6 @@ def mean(site: Site) -> Iterator[Rule]:
 
 
 def _mean_part(e: Emitter) -> fx.Node:
-    import torch
-
     return e.graph.call_function(torch.ops.aten.div.Tensor, (e.call(), e.size))
 
 
@@ -159,8 +159,6 @@ def cross_entropy_sum(site: Site) -> Iterator[Rule]:
 
 
 def _cross_entropy_shard(e: Emitter) -> fx.Node:
-    from galvatron_compile import operators
-
     names = ("logits", "target", "weight", "ignore_index", "label_smoothing")
     arguments = dict(zip(names, e.args, strict=False)) | dict(e.kwargs)
     arguments["axis"] = e.axis

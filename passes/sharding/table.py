@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import networkx
+
 from galvatron_compile.errors import ShapeError, UnsupportedError
 from galvatron_compile.graph import LayeredGraph
 from galvatron_compile.passes.sharding.sharded_layer import ShardedLayer
@@ -30,7 +32,9 @@ class ShardingTable:
         key = (class_index, strategy.tp, strategy.sequence_parallel)
         if key not in self.forms:
             why = self.illegal.get(key, "it was not among the strategies considered")
-            raise UnsupportedError(f"strategy {strategy} is not possible for layer class {key[0]}: {why}")
+            raise UnsupportedError(
+                f"strategy {strategy} is not possible for layer class {class_index}: {why}"
+            )
         return self.forms[key]
 
     def why_not(self, class_index: int, strategy: Strategy) -> str | None:
@@ -74,8 +78,6 @@ def _forbid_useless(
 
 def tied_layers(layered: LayeredGraph) -> tuple[tuple[int, ...], ...]:
     """Groups of layers connected by parameters that they share, each group in layer order."""
-    import networkx
-
     graph = networkx.Graph()
     first: dict[str, int] = {}
     for index, layer in enumerate(layered.layers):
@@ -90,8 +92,6 @@ def _class_groups(
     layered: LayeredGraph, tied: tuple[tuple[int, ...], ...]
 ) -> list[tuple[int, ...]]:
     """Classes that must be solved together since their layers share a parameter, then the rest."""
-    import networkx
-
     graph = networkx.Graph()
     graph.add_nodes_from(range(len(layered.classes)))
     for group in tied:

@@ -78,10 +78,3 @@ def map_shard(
             return j, q
         before = product([before, size])
     return None
-
-
-def map_shard_back(
-    source: Sequence[Size], target: Sequence[Size], dim: int, outer: Size, n: Size
-) -> tuple[int, Size] | None:
-    """The shard of ``source`` that a view turns into ``S(dim, outer)`` of ``target``."""
-    return map_shard(target, source, dim, outer, n)

@@ -10,7 +10,6 @@ import torch
 from models import BATCH, Case, Promote, make
 
 from galvatron_compile.compiler import Setting, build, understand
-from galvatron_compile.printer import fingerprint
 from galvatron_compile.job import Job
 from galvatron_compile.mesh import Mesh
 from galvatron_compile.notation import parse
@@ -18,6 +17,7 @@ from galvatron_compile.parallel_model import ParallelModel
 from galvatron_compile.passes.rewrite import mesh_degrees
 from galvatron_compile.passes.sharding.table import shard
 from galvatron_compile.precision import Precision
+from galvatron_compile.printer import fingerprint
 
 
 @dataclass(frozen=True)
@@ -33,20 +33,22 @@ class Outcome:
 def compare(
     model_name: str, plans: list[str], train: list[str]
 ) -> dict[str, dict[str, float | str]]:
-    """Run on every rank. Captures once, then builds and checks every plan."""
+    """Run on every rank. Captures and shards once, then builds and checks every plan."""
     case = make(model_name)
     with Promote():
         expected = reference(case)
-        layered = understand(case.model, case.batch, None)
+        layered = understand(case.model, case.batch, None, Precision())
     initial = {name: value.detach().clone() for name, value in case.model.named_parameters()}
+    job = Job.current(case.model)
+    names, model = [layer.name for layer in layered.layers], fingerprint(layered)
+    parsed = {text: parse(text, names, job.world_size, BATCH, model=model) for text in plans}
+    # The form of a class depends on its own degree alone, so all plans can share the table.
+    shardings = shard(layered, {s for plan in parsed.values() for s in plan.strategies})
     outcomes = {}
-    for text in plans:
+    for text, plan in parsed.items():
         restore(case.model, initial)
         job = Job.current(case.model)
-        names = [layer.name for layer in layered.layers]
-        plan = parse(text, names, job.world_size, BATCH, model=fingerprint(layered))
         mesh = Mesh.create(job.world_size, job.rank, mesh_degrees(plan))
-        shardings = shard(layered, tuple(dict.fromkeys(plan.strategies)))
         parallel = assemble(layered, plan, shardings, mesh, job)
         outcomes[text] = one(parallel, case, expected, 3 if text in train else 1)
     return {text: asdict(outcome) for text, outcome in outcomes.items()}

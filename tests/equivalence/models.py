@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 BATCH, SEQ, VOCAB = 8, 12, 32
 
@@ -42,7 +42,9 @@ class Wobble(nn.Module):
 class OddGPT(nn.Module):
     """A hand-written GPT that owes nothing to any library's naming."""
 
-    def __init__(self, width: int = 32, heads: int = 4, depth: int = 3, dropout: float = 0.0) -> None:
+    def __init__(
+        self, width: int = 32, heads: int = 4, depth: int = 3, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         self.lettuce = nn.Embedding(VOCAB, width)
         self.where = nn.Parameter(torch.randn(SEQ, width) * 0.1)

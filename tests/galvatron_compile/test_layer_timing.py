@@ -20,7 +20,8 @@ TIMINGS = {(*FORM, 2): LayerTiming(1.0, 2.0), (*FORM, 10): LayerTiming(5.0, 8.0)
 
 
 @pytest.mark.parametrize(
-    ("batch", "forward_ms", "backward_ms"), [(2, 1.0, 2.0), (10, 5.0, 8.0), (6, 3.0, 5.0), (12, 6.0, 9.5)]
+    ("batch", "forward_ms", "backward_ms"),
+    [(2, 1.0, 2.0), (10, 5.0, 8.0), (6, 3.0, 5.0), (12, 6.0, 9.5)],
 )
 def test_times_between_and_beyond_are_linear(
     batch: int, forward_ms: float, backward_ms: float

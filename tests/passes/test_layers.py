@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from galvatron_compile.graph import note
+from galvatron_compile.graph import Graph, LayeredGraph, note
 from galvatron_compile.interpret import run_graph, run_layers
 from galvatron_compile.passes.capture import capture
 from galvatron_compile.passes.layers import find_layers
@@ -31,11 +33,24 @@ def _float64() -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
 
 
+@functools.cache
+def odd_gpt(blocks: int = 3, tied: bool = True) -> tuple[nn.Module, LayeredGraph]:
+    """Capture is the slow part: once for all tests that only read."""
+    model = models.OddGPT(blocks, tied)
+    return model, find_layers(capture(model, models.token_batch(4)))
+
+
+@functools.cache
+def transformers_layers(kind: str) -> tuple[nn.Module, Any, Graph, LayeredGraph]:
+    model, batches = models.transformers_model(kind)
+    graph = capture(model, batches(4))
+    return model, batches, graph, find_layers(graph)
+
+
 @pytest.mark.parametrize("blocks", [2, 3])
 @pytest.mark.parametrize("tied", [True, False])
 def test_layers_of_a_hand_written_gpt_compose_to_the_model(blocks: int, tied: bool) -> None:
-    model = models.OddGPT(blocks, tied)
-    layered = find_layers(capture(model, models.token_batch(4)))
+    model, layered = odd_gpt(blocks, tied)
     names = [layer.name for layer in layered.layers]
     assert names == ["embedding", *(f"plums.{n}" for n in range(blocks)), "norm", "head"]
     assert len(layered.classes) == 4
@@ -59,9 +74,7 @@ def test_layers_of_a_hand_written_gpt_compose_to_the_model(blocks: int, tied: bo
 def test_layers_of_transformers_models_compose_to_the_model(
     kind: str, names: list[str] | None, classes: int
 ) -> None:
-    model, batches = models.transformers_model(kind)
-    graph = capture(model, batches(4))
-    layered = find_layers(graph)
+    model, batches, graph, layered = transformers_layers(kind)
     found = [layer.name for layer in layered.layers]
     assert names is None or found == names
     assert len(layered.classes) == classes, str(layered)
@@ -72,8 +85,7 @@ def test_layers_of_transformers_models_compose_to_the_model(
 
 
 def test_every_node_is_in_one_layer_and_layers_depend_on_earlier_ones_only() -> None:
-    model, batches = models.transformers_model("t5")
-    layered = find_layers(capture(model, batches(4)))
+    _, _, _, layered = transformers_layers("t5")
     known = set(layered.graph.inputs.names)
     for layer in layered.layers:
         assert known.issuperset(layer.inputs), layer.name
@@ -83,7 +95,7 @@ def test_every_node_is_in_one_layer_and_layers_depend_on_earlier_ones_only() -> 
 
 
 def test_no_batch_size_crosses_a_cut() -> None:
-    layered = find_layers(capture(models.OddGPT(), models.token_batch(4)))
+    _, layered = odd_gpt()
     for layer_class in layered.classes:
         places = layer_class.graph.graph.find_nodes(op="placeholder")
         assert all(isinstance(p.meta["val"], torch.Tensor) for p in places)
@@ -94,11 +106,11 @@ def test_no_batch_size_crosses_a_cut() -> None:
 
 
 def test_renaming_every_module_changes_no_fingerprint() -> None:
-    odd = find_layers(capture(models.OddGPT(), models.token_batch(4)))
+    _, odd = odd_gpt()
     renamed = find_layers(capture(models.RenamedGPT(), models.token_batch(4, ids="x", labels="y")))
     assert fingerprint(odd) == fingerprint(renamed)
-    shorter = find_layers(capture(models.OddGPT(2), models.token_batch(4)))
-    untied = find_layers(capture(models.OddGPT(tied=False), models.token_batch(4)))
+    _, shorter = odd_gpt(2)
+    _, untied = odd_gpt(tied=False)
     assert len({fingerprint(found) for found in (odd, shorter, untied)}) == 3
 
 
@@ -194,5 +206,5 @@ def test_data_placements_noted_on_nodes_reach_the_classes() -> None:
 
 
 def test_printed_layers_are_the_golden_ones() -> None:
-    layered = find_layers(capture(models.OddGPT(), models.token_batch(4)))
+    _, layered = odd_gpt()
     assert f"{layered}\n" == (GOLDEN / "layers_odd_gpt.txt").read_text()

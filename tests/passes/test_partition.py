@@ -14,7 +14,8 @@ import pytest
 from galvatron_compile import notation
 from galvatron_compile.costs import CostTable, LayerCost
 from galvatron_compile.errors import InfeasibleError, PlanError
-from galvatron_compile.passes.chain import Chain, smallest_memory, solve
+from galvatron_compile.passes.chain import Chain, smallest_memory
+from galvatron_compile.passes.chain_search import solve
 from galvatron_compile.passes.partition import layer_step_ms, partition, price, search
 from galvatron_compile.passes.strategies import enumerate_strategies
 from galvatron_compile.plan import Plan

@@ -1,0 +1,91 @@
+"""Which nodes of a graph belong to its repeated blocks, from the stack of modules they ran in."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+_SEQUENTIAL = "torch.nn.modules.container.Sequential"
+
+
+def find_blocks(nodes: Sequence[fx.Node], heavy: frozenset[fx.Node]) -> dict[fx.Node, str]:
+    """The block that each node is in: members of the outermost containers that repeat."""
+    for accepts in (_list_like, _siblings):
+        groups = sorted(_groups(nodes, accepts), key=lambda group: group.depth)
+        blocks: dict[fx.Node, str] = {}
+        for group in groups:
+            inside = [n for member in group.members.values() for n in member]
+            least = 2 if accepts is _siblings else 1
+            if _repeats(group, heavy, least) and not any(n in blocks for n in inside):
+                blocks |= {n: path for path, member in group.members.items() for n in member}
+        if blocks:
+            return blocks
+    return {}
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Members (module paths) of one container, with the nodes computed in each."""
+
+    depth: int
+    members: dict[str, list[fx.Node]]
+
+
+def _stack(node: fx.Node) -> list[tuple[str, str]]:
+    return [(path, str(kind)) for path, kind in node.meta.get("nn_module_stack", {}).values()]
+
+
+def _list_like(parent: tuple[str, str], container: str) -> bool:
+    """A container that is not called itself (ModuleList, ModuleDict), or a Sequential."""
+    return container != parent[0] or parent[1] == _SEQUENTIAL
+
+
+def _siblings(parent: tuple[str, str], container: str) -> bool:
+    return not _list_like(parent, container)
+
+
+def _groups(
+    nodes: Sequence[fx.Node], accepts: Callable[[tuple[str, str], str], bool]
+) -> list[_Group]:
+    found: dict[tuple[str, str], _Group] = {}
+    for node in nodes:
+        stack = _stack(node)
+        for depth, (parent, child) in enumerate(itertools.pairwise(stack)):
+            container = child[0].rpartition(".")[0]
+            if accepts(parent, container):
+                group = found.setdefault((parent[0], container), _Group(depth, {}))
+                group.members.setdefault(child[0], []).append(node)
+    return list(found.values())
+
+
+def _repeats(group: _Group, heavy: frozenset[fx.Node], least: int) -> bool:
+    """Members that use parameters (``least`` times) are alike, and each feeds the next."""
+    members = [m for m in group.members.values() if sum(n in heavy for n in m) >= least]
+    if len(members) < 2:
+        return False
+    kinds = Counter(tuple(sorted(str(n.target) for n in member)) for member in members)
+    similar = any(_similarity(a, b) > 0.5 for a, b in itertools.pairwise(members))
+    chained = all(_reaches(a, b) for a, b in itertools.pairwise(members))
+    return chained and (similar or max(kinds.values()) > 1)
+
+
+def _similarity(a: Sequence[fx.Node], b: Sequence[fx.Node]) -> float:
+    """Shared operations over all operations of two members, 1 if they do the same."""
+    left, right = (Counter(str(node.target) for node in member) for member in (a, b))
+    return (left & right).total() / (left | right).total()
+
+
+def _reaches(source: Sequence[fx.Node], target: Sequence[fx.Node]) -> bool:
+    goal, seen, pending = set(target), set(source), list(source)
+    while pending:
+        for user in pending.pop().users:
+            if user in goal:
+                return True
+            if user not in seen:
+                seen.add(user)
+                pending.append(user)
+    return False
