@@ -260,7 +260,7 @@ def broadcast_parameters(graph: Graph, job: Job) -> None:
 def _read_plan(
     layered: LayeredGraph, given: Plan | str | Path, world_size: int, batch_size: int
 ) -> Plan:
-    if isinstance(given, str) and not given.endswith(".json"):
+    if isinstance(given, str) and not (given.endswith(".json") or Path(given).is_file()):
         names = [layer.name for layer in layered.layers]
         return notation.parse(given, names, world_size, batch_size, model=fingerprint(layered))
     plan = given if isinstance(given, Plan) else Plan.load(given)

@@ -84,7 +84,8 @@ class ParameterUnit(torch.nn.Module):
             3: "gathered, ZeRO-3 over",
         }[self.zero]
         where = f", {does} {self.data}" if does else ""
-        return f"of {self.name}: {len(self.layouts)} tensors, {count:,} elements{where}"
+        tensors = "1 tensor" if len(self.layouts) == 1 else f"{len(self.layouts)} tensors"
+        return f"of {self.name}: {tensors}, {count:,} elements{where}"
 
     def _found(self, index: int) -> tuple[torch.nn.Parameter, torch.Tensor]:
         bucket, slot = self.places[index]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import fx
 
 from galvatron_compile.cluster import ClusterProfile
 from galvatron_compile.graph import LayeredGraph
@@ -66,16 +67,18 @@ class Estimator:
         """What the class does in the strategy's form at the two counted batch sizes."""
         key = (class_index, strategy.tp, strategy.sequence_parallel)
         if key not in self.tallies:
+            graph = localise(
+                self.shardings.get(class_index, strategy),
+                Axis.dry_run(f"tp{strategy.tp}", strategy.tp),
+            )
+            retarget_devices(graph, torch.device("cpu"))
             self.tallies[key] = (
-                self._tally(class_index, strategy, SMALL),
-                self._tally(class_index, strategy, LARGE),
+                self._tally(class_index, graph, SMALL),
+                self._tally(class_index, graph, LARGE),
             )
         return self.tallies[key]
 
-    def _tally(self, class_index: int, strategy: Strategy, batch: int) -> Tally:
-        sharded = self.shardings.get(class_index, strategy)
-        graph = localise(sharded, Axis.dry_run(f"tp{strategy.tp}", strategy.tp))
-        retarget_devices(graph, torch.device("cpu"))
+    def _tally(self, class_index: int, graph: fx.GraphModule, batch: int) -> Tally:
         kinds = self.layered.classes[class_index].kinds
         symbol = self.layered.graph.batch_symbol
 

@@ -5,30 +5,24 @@ from __future__ import annotations
 import copy
 import math
 import operator
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import fx
 
 from galvatron_compile.errors import UnsupportedError
-from galvatron_compile.graph import Layer, LayeredGraph, note
-from galvatron_compile.layout import ParameterLayout
+from galvatron_compile.graph import LayeredGraph, note
 from galvatron_compile.mesh import Mesh
-from galvatron_compile.operators import without_dropout
 from galvatron_compile.passes.normalise import retarget_devices
 from galvatron_compile.passes.reshard import Layout, Resharder
-from galvatron_compile.passes.sharding import ShardedLayer, localise
-from galvatron_compile.passes.sharding.apply import gather_batch
+from galvatron_compile.passes.rewrite_parts import LayerModules, Units, parameter_units
 from galvatron_compile.passes.sharding.table import ShardingTable
 from galvatron_compile.placement import R, S
 from galvatron_compile.plan import Plan
 from galvatron_compile.precision import Precision
 from galvatron_compile.program import StageProgram
 from galvatron_compile.seeds import layer_seed
-from galvatron_compile.strategy import Strategy
-from galvatron_compile.units import BackwardFence, ParameterUnit, Recompute
+from galvatron_compile.units import BackwardFence
 
 
 def mesh_degrees(plan: Plan) -> list[int]:
@@ -52,8 +46,8 @@ def rewrite(
     device: torch.device,
 ) -> StageProgram:
     """Build the program of ``mesh.rank``: its graphs with collectives, its slice of parameters."""
-    layers = _LayerModules(layered, plan, mesh, shardings, device)
-    units = _parameter_units(layered, plan, mesh, layers, precision, device)
+    layers = LayerModules(layered, plan, mesh, shardings, device)
+    units = parameter_units(layered, plan, mesh, layers, precision, device)
     builder = _Builder(layered, plan, mesh, layers, units, device)
     return StageProgram(
         module=builder.build(layers.training),
@@ -70,112 +64,6 @@ def rewrite(
     )
 
 
-class _LayerModules:
-    """One graph per (class, tp, sp, dp) of the plan, and one module per layer around it."""
-
-    def __init__(
-        self,
-        layered: LayeredGraph,
-        plan: Plan,
-        mesh: Mesh,
-        shardings: ShardingTable,
-        device: torch.device,
-    ) -> None:
-        self.sharded: list[ShardedLayer] = []
-        self.graphs: dict[str, fx.GraphModule] = {}
-        self.training: list[torch.nn.Module] = []
-        self.evaluation: list[torch.nn.Module] = []
-        evaluation: dict[str, fx.GraphModule] = {}
-        remarks: dict[str, None] = {}
-        for layer, strategy in zip(layered.layers, plan.strategies, strict=True):
-            sharded = shardings.get(layer.class_index, strategy)
-            name = _graph_name(layered.layer_class(layer).name, strategy)
-            if name not in self.graphs:
-                graph = localise(sharded, mesh.tensor(strategy.tp))
-                retarget_devices(graph, device)
-                self.graphs[name] = gather_batch(graph, mesh.data(strategy.tp))
-                evaluation[name] = without_dropout(self.graphs[name])
-            graph = self.graphs[name]
-            self.sharded.append(sharded)
-            self.training.append(Recompute(graph) if strategy.recompute else graph)
-            self.evaluation.append(evaluation[name])
-            remarks |= dict.fromkeys(sharded.remarks)
-        self.remarks = tuple(remarks)
-
-
-def _graph_name(class_name: str, strategy: Strategy) -> str:
-    parallel = f"tp{strategy.tp}" + (".sp" if strategy.sequence_parallel else "")
-    return f"{class_name} {parallel}.dp{strategy.dp}"
-
-
-@dataclass(frozen=True)
-class _Units:
-    """The parameter units in order of first use, and where each layer finds its parameters."""
-
-    ordered: tuple[ParameterUnit, ...]
-    of_layer: tuple[tuple[int, ...], ...]  # unit numbers that layer i calls
-    places: Mapping[str, tuple[int, int]]  # parameter name -> (unit number, index in the unit)
-
-
-def _parameter_units(
-    layered: LayeredGraph,
-    plan: Plan,
-    mesh: Mesh,
-    layers: _LayerModules,
-    precision: Precision,
-    device: torch.device,
-) -> _Units:
-    uses = Counter(name for layer in layered.layers for name in dict.fromkeys(layer.parameters))
-    units: list[ParameterUnit] = []
-    of_layer: list[tuple[int, ...]] = []
-    places: dict[str, tuple[int, int]] = {}
-    for index, layer in enumerate(layered.layers):
-        new = [name for name in dict.fromkeys(layer.parameters) if name not in places]
-        for shared in (False, True):
-            names = [name for name in new if (uses[name] > 1) == shared]
-            if names:
-                strategy = plan.strategies[index]
-                layouts = _layouts(layered, layer, names, layers.sharded[index], strategy)
-                values = [layered.graph.parameters[name] for name in names]
-                unit = ParameterUnit(
-                    layer.name + (" (shared)" if shared else ""),
-                    layouts,
-                    values,
-                    data=mesh.data(strategy.tp),
-                    tensor=mesh.tensor(strategy.tp),
-                    precision=precision,
-                    device=device,
-                    shared=shared,
-                )
-                places |= {name: (len(units), place) for place, name in enumerate(names)}
-                units.append(unit)
-        of_layer.append(tuple(dict.fromkeys(places[name][0] for name in layer.parameters)))
-    return _Units(tuple(units), tuple(of_layer), places)
-
-
-def _layouts(
-    layered: LayeredGraph,
-    layer: Layer,
-    names: Sequence[str],
-    sharded: ShardedLayer,
-    strategy: Strategy,
-) -> list[ParameterLayout]:
-    placements = dict(zip(layer.parameters, sharded.parameters, strict=True))
-    parameters = layered.graph.parameters
-    return [
-        ParameterLayout(
-            name=name,
-            shape=tuple(parameters[name].shape),
-            tensor=placements[name],
-            tp=strategy.tp,
-            dp=strategy.dp,
-            zero=strategy.zero,
-            requires_grad=parameters[name].requires_grad,
-        )
-        for name in names
-    ]
-
-
 class _Builder:
     """Writes the outer graph: units, layers, fences, and conversions where the layout changes."""
 
@@ -184,8 +72,8 @@ class _Builder:
         layered: LayeredGraph,
         plan: Plan,
         mesh: Mesh,
-        layers: _LayerModules,
-        units: _Units,
+        layers: LayerModules,
+        units: Units,
         device: torch.device,
     ) -> None:
         self.layered, self.plan, self.mesh = layered, plan, mesh

@@ -35,7 +35,7 @@ def errors_on_rank(name: str, size: int) -> dict[str, float]:
     [
         ("hidden", 2),
         ("llama 2 kv heads", 2),
-        ("gpt2", 2),
+        pytest.param("gpt2", 2, marks=pytest.mark.slow),  # also in tests/equivalence
         ("one head", 4),
         ("llama 1 kv head, tied", 4),
     ],
