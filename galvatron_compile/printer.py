@@ -38,6 +38,7 @@ def format_graph(module: fx.GraphModule) -> str:
     for node in nodes:
         kind = format_type(node.meta.get("val"), symbol)
         if node.op == "placeholder":
+            kind = kind if isinstance(node.meta.get("val"), torch.Tensor) else "int"
             rows.append((f"input {node.name}", kind, _notes(node)))
         elif node.op == "get_attr":
             rows.append((f"tensor {node.target}", kind, _notes(node)))

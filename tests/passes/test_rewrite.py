@@ -60,7 +60,7 @@ def batch() -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def layered() -> LayeredGraph:
     torch.manual_seed(0)
-    return understand(Net().double(), batch(), None)
+    return understand(Net().double(), batch(), None, Precision())
 
 
 def plan_of(layered: LayeredGraph, text: str, world_size: int) -> Plan:
