@@ -291,8 +291,10 @@ class ParallelModel:
     # Texts.
 
     def report(self) -> str:
-        """Why this plan: the searcher's report, or the plan itself if it was given."""
-        return str(self.search if self.search is not None else self.plan)
+        """The candidates if there was a search, the plan, and what could not be split."""
+        parts = [str(self.search)] if self.search is not None else []
+        parts += [str(self.plan), *(f"remark: {text}" for text in self._program.remarks)]
+        return "\n\n".join(parts)
 
     def print_program(self) -> None:
         """Print what this rank runs: every node with its collectives."""

@@ -10,7 +10,7 @@ decoder layer is solved at the root (the ``x + z - 1 <= u`` form was a hundred t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -33,6 +33,11 @@ from galvatron_compile.passes.sharding.sharded_layer import Collective, ShardedL
 from galvatron_compile.placement import Placement, R
 
 
+Tie = frozenset[tuple[int, int]]  # (which problem, index among its parameters): one parameter
+Picks = Mapping[fx.Node, list[int]]  # the columns of a node's rules
+Solution = tuple[dict[fx.Node, Rule], float]  # a rule for every node, the price of all
+
+
 def shard_layer(
     layer_class: LayerClass,
     tp: int,
@@ -46,11 +51,16 @@ def shard_layer(
     shard along the sequence, a sequence that does not divide, a fixed placement no operator takes.
     The same on every rank and every run.
     """
-    if tp == 1 and sequence_parallel:
-        raise UnsupportedError("sequence parallel needs tp of at least 2; drop sp or raise tp")
-    problem = build_problem(layer_class, tp, sequence_parallel, fixed or {})
-    chosen, objective = solve(problem)
-    return _answer(problem, chosen, objective, sequence_parallel)
+    return shard_problems([build_problem(layer_class, tp, sequence_parallel, fixed or {})], ())[0]
+
+
+def shard_problems(problems: Sequence[Problem], ties: Collection[Tie]) -> list[ShardedLayer]:
+    """The cheapest placements of several classes, parameters that are tied lying alike."""
+    solutions = solve_together(problems, ties)
+    return [
+        _answer(problem, chosen, objective)
+        for problem, (chosen, objective) in zip(problems, solutions, strict=True)
+    ]
 
 
 class _Program:
@@ -69,7 +79,7 @@ class _Program:
     def row(self, plus: list[int], minus: list[int], low: float, high: float) -> None:
         self.rows.append((plus + minus, [1.0] * len(plus) + [-1.0] * len(minus), low, high))
 
-    def solve(self) -> tuple[np.ndarray, float] | None:
+    def solve(self) -> np.ndarray | None:
         columns = [column for row in self.rows for column in row[0]]
         numbers = [i for i, row in enumerate(self.rows) for _ in row[0]]
         entries = [entry for row in self.rows for entry in row[1]]
@@ -84,14 +94,46 @@ class _Program:
             constraints=LinearConstraint(matrix, limits[:, 0], limits[:, 1]),
             options={"mip_rel_gap": 0.0},
         )
-        if result.x is None:
-            return None
-        return result.x, float(result.fun)
+        return result.x  # None if there is no solution
 
 
-def solve(problem: Problem) -> tuple[dict[fx.Node, Rule], float]:
+def solve(problem: Problem) -> Solution:
     """The optimum: a rule for every node and the total price. Raises UnsupportedError if none."""
+    return solve_together([problem], ())[0]
+
+
+def solve_together(problems: Sequence[Problem], ties: Collection[Tie]) -> list[Solution]:
+    """One program for all problems, joined only by the placements of tied parameters."""
     program = _Program()
+    columns: list[range] = []
+    picks: list[Picks] = []
+    for problem in problems:
+        start = len(program.cost)
+        picks.append(_add_problem(program, problem))
+        columns.append(range(start, len(program.cost)))
+    for tie in ties:
+        first, *rest = [
+            (problems[at], picks[at], problems[at].parameters[i]) for at, i in sorted(tie)
+        ]
+        for other in rest:
+            _add_tie(program, first, other)
+    solved = program.solve()
+    if solved is None:
+        names = ", ".join(problem.layer_class.name for problem in problems)
+        raise UnsupportedError(
+            f"layer class {names} has no sharding over {problems[0].size} ranks "
+            "with these fixed placements"
+        )
+    return [
+        (
+            {n: problem.rules[n][int(np.argmax(solved[ids]))] for n, ids in own.items()},
+            float(np.dot(solved[span], np.array(program.cost)[span])),
+        )
+        for problem, own, span in zip(problems, picks, columns, strict=True)
+    ]
+
+
+def _add_problem(program: _Program, problem: Problem) -> Picks:
     picks = {
         node: [program.column(problem.price(node, i), True) for i in range(len(rules))]
         for node, rules in problem.rules.items()
@@ -104,17 +146,19 @@ def solve(problem: Problem) -> tuple[dict[fx.Node, Rule], float]:
             consumers.setdefault(value, {})[node, place] = None
     for value, edges in consumers.items():
         _add_value(program, problem, picks, value, list(edges))
-    solved = program.solve()
-    if solved is None:
-        raise UnsupportedError(
-            f"layer class {problem.layer_class.name} has no sharding over {problem.size} ranks "
-            "with these fixed placements"
-        )
-    x, objective = solved
-    chosen = {
-        node: problem.rules[node][int(np.argmax(x[columns]))] for node, columns in picks.items()
-    }
-    return chosen, objective
+    return picks
+
+
+def _add_tie(
+    program: _Program, a: tuple[Problem, Picks, fx.Node], b: tuple[Problem, Picks, fx.Node]
+) -> None:
+    """Two parameters are placed alike; what only one of them can be, neither is."""
+    left, right = (
+        _by_placement(problem.rules[node], picks[node], lambda rule: rule.outputs[0])
+        for problem, picks, node in (a, b)
+    )
+    for placement in left | right:
+        program.row(left.get(placement, []), right.get(placement, []), 0.0, 0.0)
 
 
 def _by_placement(
@@ -175,14 +219,13 @@ def _answer(
     problem: Problem,
     chosen: Mapping[fx.Node, Rule],
     objective: float,
-    sequence_parallel: bool,
 ) -> ShardedLayer:
     layer_class = problem.layer_class
     placements = {node.name: rule.outputs for node, rule in chosen.items() if rule.outputs}
     return ShardedLayer(
         layer_class=layer_class,
         tp=problem.size,
-        sequence_parallel=sequence_parallel,
+        sequence_parallel=problem.sequence_parallel,
         inputs=tuple(
             placements.get(node.name, (R,))[0]
             for node in placeholders_of(layer_class, "activation")

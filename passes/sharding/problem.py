@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
@@ -34,6 +34,7 @@ class Problem:
 
     layer_class: LayerClass
     size: int
+    sequence_parallel: bool
     rules: Mapping[fx.Node, tuple[Rule, ...]]
     uses: Mapping[fx.Node, tuple[Value, ...]]
     prices: Prices = field(repr=False)
@@ -101,8 +102,17 @@ def value_of(node: fx.Node) -> Value:
 
 
 def build_problem(
-    layer_class: LayerClass, tp: int, sequence_parallel: bool, fixed: Mapping[int, Placement]
+    layer_class: LayerClass,
+    tp: int,
+    sequence_parallel: bool,
+    fixed: Mapping[int, Placement],
+    tied: Collection[int] = (),
 ) -> Problem:
+    """fixed: placements of some parameters by their index. tied: indices of parameters that another
+    class places too, perhaps as V, which then must be possible here.
+    """
+    if tp == 1 and sequence_parallel:
+        raise UnsupportedError("sequence parallel needs tp of at least 2; drop sp or raise tp")
     graph = layer_class.graph.graph
     outers = outers_of(graph, tp)
     boundary = _boundary(layer_class, tp, sequence_parallel)
@@ -121,9 +131,9 @@ def build_problem(
     output, results = graph.output_node(), results_of(layer_class)
     rules[output] = (Rule("boundary", tuple(boundary[node] for node in results), ()),)
     uses[output] = tuple(map(value_of, results))
-    _add_placeholders(layer_class, boundary, fixed, rules, uses)
+    _add_placeholders(layer_class, boundary, fixed, tied, rules, uses)
     prices = Prices(layer_class, tp, sequence_parallel, inputs)
-    return Problem(layer_class, tp, rules, uses, prices)
+    return Problem(layer_class, tp, sequence_parallel, rules, uses, prices)
 
 
 def _node_rules(node: fx.Node, tp: int, outers: tuple[Any, ...]) -> tuple[Rule, ...]:
@@ -139,6 +149,7 @@ def _add_placeholders(
     layer_class: LayerClass,
     boundary: Mapping[fx.Node, Placement],
     fixed: Mapping[int, Placement],
+    tied: Collection[int],
     rules: dict[fx.Node, tuple[Rule, ...]],
     uses: dict[fx.Node, tuple[Value, ...]],
 ) -> None:
@@ -153,7 +164,8 @@ def _add_placeholders(
         uses[node] = ()
         if node in parameters:
             asked = [p for p in wanted.get((node, 0), {}) if p.is_shard or p == V]
-            choices = [R, *asked]
+            shared = [V] if parameters[node] in tied and tp > 1 and is_differentiable(node) else []
+            choices = list(dict.fromkeys([R, *asked, *shared]))
             if parameters[node] in fixed:
                 choices = [fixed[parameters[node]]]
         else:

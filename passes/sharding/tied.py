@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import product
+from collections.abc import Collection, Sequence
 
-from galvatron_compile.errors import ShapeError, UnsupportedError
-from galvatron_compile.graph import LayeredGraph
-from galvatron_compile.passes.sharding.assignment import shard_layer
+from galvatron_compile.errors import UnsupportedError
+from galvatron_compile.graph import LayerClass, LayeredGraph
+from galvatron_compile.passes.sharding.assignment import Tie, shard_problems
+from galvatron_compile.passes.sharding.problem import Problem, build_problem
 from galvatron_compile.passes.sharding.sharded_layer import ShardedLayer
-from galvatron_compile.placement import Placement, R, S, V
-
-Place = tuple[int, int]  # class index, index among the class's parameters
 
 
 def shard_layers(
@@ -19,74 +16,40 @@ def shard_layers(
 ) -> list[ShardedLayer]:
     """Solve classes together so that a shared parameter lies alike in all of them.
 
-    The placements of the shared parameters are enumerated (whole, or split along one dim), every
-    class is solved under each choice, and the least total wins; ties go to the first.
-    Raises ShapeError or UnsupportedError where no choice is possible.
+    Raises ShapeError or UnsupportedError where that is not possible.
     """
-    best: list[ShardedLayer] = []
-    reason: Exception | None = None
-    for fixed in _choices(_shared_places(layered, classes)):
-        try:
-            found = [
-                _shard(layered, index, tp, sequence_parallel, fixed.get(index, {}))
-                for index in classes
-            ]
-        except (ShapeError, UnsupportedError) as error:
-            reason = reason or error
-            continue
-        if not best or _total(found) < _total(best):
-            best = found
-    if not best:
-        assert reason is not None
-        raise reason
-    return best
+    ties = _ties(layered, classes)
+    problems = [
+        _problem(
+            layered.classes[index],
+            tp,
+            sequence_parallel,
+            {position for tie in ties for which, position in tie if which == at},
+        )
+        for at, index in enumerate(classes)
+    ]
+    return shard_problems(problems, ties)
 
 
-def _total(found: Sequence[ShardedLayer]) -> float:
-    return sum(sharded.objective for sharded in found)
-
-
-def _shard(
-    layered: LayeredGraph,
-    index: int,
-    tp: int,
-    sequence_parallel: bool,
-    fixed: Mapping[int, Placement],
-) -> ShardedLayer:
+def _problem(
+    layer_class: LayerClass, tp: int, sequence_parallel: bool, tied: Collection[int]
+) -> Problem:
     """A class without hidden states runs under sequence parallel as under plain tensor parallel."""
-    layer_class = layered.classes[index]
     try:
-        return shard_layer(layer_class, tp, sequence_parallel, fixed)
+        return build_problem(layer_class, tp, sequence_parallel, {}, tied)
     except UnsupportedError:
         if not sequence_parallel:
             raise
-        return shard_layer(layer_class, tp, False, fixed)
+        return build_problem(layer_class, tp, False, {}, tied)
 
 
-def _shared_places(
-    layered: LayeredGraph, classes: Sequence[int]
-) -> list[tuple[int, frozenset[Place]]]:
-    """Rank of every parameter that stands in several places, and these places."""
-    places: dict[str, set[Place]] = {}
+def _ties(layered: LayeredGraph, classes: Sequence[int]) -> list[Tie]:
+    """Where every parameter stands that stands in several places; each set of places once."""
+    places: dict[str, set[tuple[int, int]]] = {}
     for layer in layered.layers:
         if layer.class_index in classes:
+            at = classes.index(layer.class_index)
             for position, name in enumerate(layer.parameters):
-                places.setdefault(name, set()).add((layer.class_index, position))
-    shared = {
-        (layered.graph.parameters[name].dim(), frozenset(where))
-        for name, where in places.items()
-        if len(where) > 1
-    }
-    return sorted(shared, key=lambda item: sorted(item[1]))
-
-
-def _choices(
-    shared: Sequence[tuple[int, frozenset[Place]]],
-) -> Iterator[dict[int, dict[int, Placement]]]:
-    options = [[R, V, *(S(dim) for dim in range(rank))] for rank, _ in shared]
-    for chosen in product(*options):
-        fixed: dict[int, dict[int, Placement]] = {}
-        for (_, where), placement in zip(shared, chosen, strict=True):
-            for class_index, position in where:
-                fixed.setdefault(class_index, {})[position] = placement
-        yield fixed
+                places.setdefault(name, set()).add((at, position))
+    shared = {frozenset(where) for where in places.values() if len(where) > 1}
+    return sorted(shared, key=sorted)
