@@ -47,24 +47,30 @@ class Job:
         ``same`` gives a text that must be equal on all ranks, for what would otherwise diverge in
         silence; PlanError if it is not.
         """
+        results: list[T] = []
+
+        def run() -> str | None:
+            results.append(step())
+            return same(results[0]) if same else None
+
+        self._check_same(self.everyone(run))
+        return results[0]
+
+    def everyone(self, step: Callable[[], T]) -> list[T]:
+        """What ``step`` gave on every rank, on every rank; if it fails on any, raise on all."""
         result: T | None = None
         error: Exception | None = None
         try:
             result = step()
-        except Exception as caught:  # re-raised below, after the other ranks know
+        except Exception as caught:  # raised again once the other ranks know
             error = caught
-        mine = (
-            f"{type(error).__name__}: {error}" if error else None,
-            same(result) if same and error is None else None,  # type: ignore[arg-type]
-        )
-        everyone = self.gather(mine)
+        outcomes = self.gather((f"{type(error).__name__}: {error}" if error else None, result))
         if error is not None:
             raise error
-        for rank, (failure, _) in enumerate(everyone):
+        for rank, (failure, _) in enumerate(outcomes):
             if failure is not None:
                 raise PeerError(f"rank {rank} failed: {failure}")
-        self._check_same([text for _, text in everyone])
-        return result  # type: ignore[return-value]
+        return [value for _, value in outcomes]  # type: ignore[misc]
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value, on every rank."""

@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,7 @@ def measure_layers(
     for done, experiment in enumerate(experiments):
         name = hashlib.sha256(experiment.text.encode()).hexdigest()[:24]
         if name not in cached:
-            forward_ms, backward_ms = _time(experiment.forward, job.device)
-            both = job.gather((forward_ms, backward_ms))
+            both = job.everyone(partial(_time, experiment.forward, job.device))
             cached[name] = [statistics.fmean(times) for times in zip(*both, strict=True)]
         timings[experiment.key] = LayerTiming(*cached[name])
         if progress is not None:

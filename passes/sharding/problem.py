@@ -131,7 +131,7 @@ def build_problem(
     output, results = graph.output_node(), results_of(layer_class)
     rules[output] = (Rule("boundary", tuple(boundary[node] for node in results), ()),)
     uses[output] = tuple(map(value_of, results))
-    _add_placeholders(layer_class, boundary, fixed, tied, rules, uses)
+    _add_placeholders(layer_class, boundary, fixed, tied if tp > 1 else (), rules, uses)
     prices = Prices(layer_class, tp, sequence_parallel, inputs)
     return Problem(layer_class, tp, sequence_parallel, rules, uses, prices)
 
@@ -164,7 +164,7 @@ def _add_placeholders(
         uses[node] = ()
         if node in parameters:
             asked = [p for p in wanted.get((node, 0), {}) if p.is_shard or p == V]
-            shared = [V] if parameters[node] in tied and tp > 1 and is_differentiable(node) else []
+            shared = [V] if parameters[node] in tied and is_differentiable(node) else []
             choices = list(dict.fromkeys([R, *asked, *shared]))
             if parameters[node] in fixed:
                 choices = [fixed[parameters[node]]]
