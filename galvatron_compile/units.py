@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -71,7 +72,9 @@ class ParameterUnit(torch.nn.Module):
         self.schedule = UnitSchedule([self])
         for index, working in enumerate(self.working):
             if working.requires_grad:
-                hook = functools.partial(self._on_gradient, *self.places[index])
+                # Weak: the collector cannot see through a tensor's hooks, so a unit that its own
+                # tensors hold on to would never be freed, nor the process groups it uses.
+                hook = functools.partial(_gradient_hook, weakref.ref(self), index)
                 working.register_post_accumulate_grad_hook(hook)
 
     def describe(self) -> str:
@@ -111,7 +114,9 @@ class ParameterUnit(torch.nn.Module):
         bucket.load(slot, full)
         self.unloaded.discard(slot.layout.name)
 
-    def _on_gradient(self, bucket: FlatBucket, slot: Slot, working: torch.Tensor) -> None:
+    def take_gradient(self, index: int, working: torch.Tensor) -> None:
+        """Move the gradient of working tensor ``index`` to where it is summed over ranks."""
+        bucket, slot = self.places[index]
         gradient, working.grad = working.grad, None
         assert gradient is not None
         bucket.add(slot, gradient)
@@ -120,6 +125,14 @@ class ParameterUnit(torch.nn.Module):
     def extra_repr(self) -> str:
         kind = "shared, " if self.shared else ""
         return f"{self.name}: {kind}{len(self.layouts)} parameters, zero {self.zero}"
+
+
+def _gradient_hook(
+    unit: weakref.ref[ParameterUnit], index: int, working: torch.Tensor
+) -> None:
+    found = unit()
+    assert found is not None, "a program was dropped while its backward ran"
+    found.take_gradient(index, working)
 
 
 class BackwardFence(torch.nn.Module):

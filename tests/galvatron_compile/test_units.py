@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -225,3 +227,18 @@ def test_without_zero_the_layer_computes_with_the_masters_memory() -> None:
     assert working is unit()[0]
     assert working.data_ptr() == unit.masters[0].data_ptr()
     assert not list(unit.parameters())
+
+
+def test_a_dropped_unit_is_freed() -> None:
+    """Its tensors' hooks must not keep it, its memory and its process groups alive."""
+    layout = ParameterLayout("w", (4, 2), R, tp=1, dp=1, zero=0)
+    axis = Axis("one", (0,), 0)
+    unit = ParameterUnit(
+        "layer", [layout], [torch.ones(4, 2)], data=axis, tensor=axis,
+        precision=Precision(), device=torch.device("cpu"),
+    )
+    unit()[0].sum().backward()
+    ghost = weakref.ref(unit)
+    del unit
+    gc.collect()
+    assert ghost() is None
