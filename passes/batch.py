@@ -128,6 +128,7 @@ class _Attempt:
         if not is_tensor_valued(node.meta.get("val")):
             note(node, data="R", differentiable=False)
             return
+        self.check_sizes(node)
         inputs = tensor_inputs(node)
         note(node, differentiable=_differentiable(node, inputs))
         if self.index_of_batch(node, inputs):
@@ -184,7 +185,7 @@ class _Attempt:
         best = min(range(len(rules)), key=costs.__getitem__)
         if costs[best] == IMPOSSIBLE:
             if forced:
-                self.mix(node, "mixes samples")
+                self.mix(node, "mixes samples of the batch")
             self.refuse(node, inputs, placed)
         rule = rules[best]
         self.convert(node, rule, inputs, placed)
@@ -210,7 +211,12 @@ class _Attempt:
         if communicates:
             self.mixed = True
             reason = self.gathered.get(self.origin[node], "uses a value of the whole batch")
-            note(node, data_inputs=[str(place) for place in rule.inputs], remark=reason)
+            # Every rank goes on with the whole value, and with a part of its gradient: V, never R.
+            wanted = [
+                V if place == R and noted(value, "differentiable") else place
+                for value, place in zip(inputs, rule.inputs, strict=True)
+            ]
+            note(node, data_inputs=[str(place) for place in wanted], remark=reason)
 
     def part_of(self, value: fx.Node, before: fx.Node) -> fx.Node:
         """A value that every part has whole, divided by the number of parts."""
@@ -250,7 +256,8 @@ class _Attempt:
             if place == P
             for root in self.summing(value)
         }
-        raise _MixesError(sums or {self.origin[node]}, self.describe(node, "mixes samples"))
+        remark = self.describe(node, "mixes samples of the batch")
+        raise _MixesError(sums or {self.origin[node]}, remark)
 
     def summing(self, node: fx.Node) -> set[fx.Node]:
         """Where a partial sum comes from: the operators that made it from shards."""
@@ -259,13 +266,25 @@ class _Attempt:
             return {node}
         return set().union(*map(self.summing, parts))
 
+    def check_sizes(self, node: fx.Node) -> None:
+        """Refuse ``x[mask]`` and the like: no plan can be priced for them."""
+        value = node.meta["val"]
+        for tensor in value if isinstance(value, list | tuple) else [value]:
+            for size in shape_of(tensor):
+                if getattr(size, "free_symbols", set()) - {self.symbol}:
+                    raise UnsupportedError(
+                        self.describe(node, "makes a tensor whose size depends on the data")
+                        + "; keep the size fixed: ignore_index of cross_entropy, torch.where, or "
+                        "a multiplication by the mask and a division by its sum"
+                    )
+
     def mix(self, node: fx.Node, what: str) -> None:
         raise UnsupportedError(
             self.describe(node, what) + "; change that line so that samples stay apart"
         )
 
     def describe(self, node: fx.Node, what: str) -> str:
-        return f"{packet_name(node.target)} ({node.name}) {what} of the batch{_line(node)}"
+        return f"{packet_name(node.target)} ({node.name}) {what}{_line(node)}"
 
     # The loss --------------------------------------------------------------------------------
 

@@ -94,6 +94,9 @@ class _Cutter:
             self.activations.append(next(node for node in places if self.carries_batch(node)))
 
     def carries_batch(self, node: fx.Node) -> bool:
+        """Whether the rank's share of the batch can be read from its shape."""
+        if noted(node, "data") is not None and not _data_placement(node).is_shard:
+            return False  # gathered: its size is that of the whole batch
         return any(self._multiple(size) is not None for size in node.meta["val"].shape)
 
     def _multiple(self, size: Any) -> int | None:
@@ -129,6 +132,10 @@ class _Cutter:
     def number(self, node: fx.Node) -> fx.Node:
         """A number computed again: from an activation's size if it is one, else like before."""
         expression = size_expression(node.meta["val"])
+        if noted(node, "data_inputs"):  # of a gathered value, whose size only looks the same
+            new = self.new.node_copy(node, self.value)
+            _copy_meta(node, new)
+            return new
         if expression not in self.sizes:
             self.sizes[expression] = self._read_size(node, expression) or self._again(node)
         return self.sizes[expression]
@@ -141,7 +148,10 @@ class _Cutter:
         return new
 
     def _read_size(self, node: fx.Node, expression: Any) -> fx.Node | None:
+        varies = self.graph.batch_symbol in getattr(expression, "free_symbols", ())
         for source in self.activations:
+            if varies and not self.carries_batch(source):
+                continue
             for dim, size in enumerate(source.meta["val"].shape):
                 if size_expression(size) == expression:
                     new = self.new.call_function(aten.sym_size.int, (self.env[source], dim))

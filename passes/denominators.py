@@ -63,7 +63,9 @@ class Denominators:
             return self.known[("parts",)]
         with self.graph.inserting_before(self.first_call):
             one = self.full(1)
-        return self.sum_of(one, ("parts",))
+        parts = self.sum_of(one, ("parts",))
+        note(parts, counts_parts=True)  # a layer with another data degree has more or fewer
+        return parts
 
     def count(self, value: fx.Node, dim: int, factor: int, before: fx.Node) -> fx.Node:
         """``factor`` times the size of a batch dim, over all parts."""

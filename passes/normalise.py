@@ -35,8 +35,11 @@ _DROPPED = frozenset(
 _IDENTITIES = frozenset({aten.lift_fresh.default, aten.lift_fresh_copy.default, aten.alias.default})
 _DETACHES = frozenset({aten.detach.default, aten.detach_.default})
 _CASTS = frozenset(
-    {aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.to.other, aten.to.device}
-)
+    {
+        aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.to.other, aten.to.device,
+        aten.type_as.default,
+    }
+)  # fmt: skip
 
 
 class Normaliser:

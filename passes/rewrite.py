@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from galvatron_compile.errors import UnsupportedError
-from galvatron_compile.graph import LayeredGraph, note
+from galvatron_compile.graph import LayeredGraph, note, noted
 from galvatron_compile.mesh import Mesh
 from galvatron_compile.passes.normalise import retarget_devices
 from galvatron_compile.passes.reshard import Layout, Resharder
@@ -126,7 +126,9 @@ class _Builder:
         layer_class = self.layered.layer_class(layer)
         strategy, sharded = self.plan.strategies[index], self.layers.sharded[index]
         activations = [
-            resharder.convert(*values[name], Layout(strategy.tp, tensor, data))
+            self._for_degree(
+                resharder.convert(*values[name], Layout(strategy.tp, tensor, data)), strategy.dp
+            )
             for name, tensor, data in zip(
                 layer.inputs, sharded.inputs, layer_class.data_inputs, strict=True
             )
@@ -146,6 +148,13 @@ class _Builder:
         ):
             node.meta["val"] = self._value(name)
             values[name] = (node, Layout(strategy.tp, tensor, data))
+
+    def _for_degree(self, value: fx.Node, dp: int) -> fx.Node:
+        """``value``, but the number of parts is that of a layer whose batch is cut in ``dp``."""
+        if not noted(value, "counts_parts") or dp == self.plan.data_size:
+            return value
+        graph = value.graph
+        return graph.call_function(operator.mul, (value, dp / self.plan.data_size))
 
     def _parameters(self, index: int, graph: fx.Graph) -> list[fx.Node]:
         tuples = {unit: graph.call_module(f"units.{unit}") for unit in self.units.of_layer[index]}

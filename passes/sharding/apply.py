@@ -15,7 +15,7 @@ from galvatron_compile.errors import UnsupportedError
 from galvatron_compile.graph import note, noted
 from galvatron_compile.mesh import Axis
 from galvatron_compile.passes.sharding.problem import is_element, value_of
-from galvatron_compile.passes.sharding.propagate import local_value, propagate
+from galvatron_compile.passes.sharding.propagate import local_value, propagate, whole_value
 from galvatron_compile.passes.sharding.rules import Emitter, tensor_inputs
 from galvatron_compile.passes.sharding.rules_base import is_differentiable
 from galvatron_compile.passes.sharding.sharded_layer import ShardedLayer
@@ -232,6 +232,8 @@ def gather_batch(module: fx.GraphModule, axis: Axis) -> fx.GraphModule:
             copy_notes(made, node)
         else:
             made = graph.node_copy(node, lambda argument: copies[argument])
+        if node.op == "placeholder" and (placed := noted(node, "data")):
+            made.meta["val"] = whole_value(node.meta.get("val"), _placement(placed), axis.size)
         copies[node] = made
     attributes: Mapping[str, Any] = {
         node.target: _attribute(module, node.target)

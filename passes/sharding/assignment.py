@@ -32,7 +32,6 @@ from galvatron_compile.passes.sharding.rules_base import is_differentiable
 from galvatron_compile.passes.sharding.sharded_layer import Collective, ShardedLayer
 from galvatron_compile.placement import Placement, R
 
-
 Tie = frozenset[tuple[int, int]]  # (which problem, index among its parameters): one parameter
 Picks = Mapping[fx.Node, list[int]]  # the columns of a node's rules
 Solution = tuple[dict[fx.Node, Rule], float]  # a rule for every node, the price of all
@@ -94,7 +93,8 @@ class _Program:
             constraints=LinearConstraint(matrix, limits[:, 0], limits[:, 1]),
             options={"mip_rel_gap": 0.0},
         )
-        return result.x  # None if there is no solution
+        solution: np.ndarray | None = result.x
+        return solution
 
 
 def solve(problem: Problem) -> Solution:

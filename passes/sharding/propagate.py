@@ -22,6 +22,15 @@ def local_value(value: Any, placement: Placement, size: int) -> Any:
         return value.new_empty(shape)
 
 
+def whole_value(value: Any, placement: Placement, size: int) -> Any:
+    """A fake tensor of the shape of the whole batch, gathered from ``size`` ranks' shares."""
+    if not isinstance(value, torch.Tensor) or placement.is_shard:
+        return value
+    shape = [entry * size if isinstance(entry, torch.SymInt) else entry for entry in value.shape]
+    with torch.no_grad():
+        return value.new_empty(shape)
+
+
 def propagate(module: fx.GraphModule) -> None:
     """Fill in ``meta["val"]`` from the placeholders' values on; collectives move nothing."""
     values = [node.meta.get("val") for node in module.graph.find_nodes(op="placeholder")]

@@ -104,6 +104,12 @@ def group_norm(site: Site) -> Iterator[Rule]:
     yield from others(site, set(range(1, len(site.input_shape("input")))), "input")
 
 
+def pooling(site: Site) -> Iterator[Rule]:
+    """Over samples and channels, never over the dims that windows slide along."""
+    rank, spatial = len(site.input_shape("self")), int(site.name[-2])
+    yield from others(site, set(range(rank - spatial, rank)))
+
+
 def elementwise_loss(site: Site) -> Iterator[Rule]:
     """mse, l1, smooth l1, huber, bce (with logits), kl_div: inputs of one (broadcast) shape."""
     shapes = [shape_of(value.meta["val"]) for _, _, value in site.slots]
@@ -219,6 +225,11 @@ REDUCE: dict[str, RuleFunction] = {
         ["layer_norm", "rms_norm", "native_layer_norm", "_fused_rms_norm"], normalisation
     ),
     "group_norm": group_norm,
+    **{
+        f"{kind}_pool{n}d": pooling
+        for kind in ("max", "avg", "adaptive_avg")
+        for n in (1, 2, 3)
+    },
     **dict.fromkeys(
         [
             "mse_loss",
