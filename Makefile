@@ -29,7 +29,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --editable '.[dev]' --constraint constraints.txt
 	@touch $@
 
-demo: $(READY)  ## plan and train a small Llama on 4 local processes (about 4 minutes)
+demo: $(READY)  ## plan and train a small Llama on 4 local processes (3 to 5 minutes)
 	$(RUN_RANKS) 4 -m galvatron_compile.demo
 
 test: $(READY)  ## the test suite
