@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
-import sys
 import tempfile
-from pathlib import Path
 from typing import Any
 
+import hand_made as hand
 import pytest
 import torch
 
 from galvatron_compile.errors import GalvatronError, NonFiniteLossError, PeerError, ShapeError
-
-
-def _load(name: str) -> Any:
-    if name not in sys.modules:
-        path = Path(__file__).with_name(f"{name}.py")
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-    return sys.modules[name]
-
-
-hand = _load("hand_made")
 
 
 def close(one: torch.Tensor, other: torch.Tensor) -> None:

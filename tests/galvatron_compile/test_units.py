@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
-import sys
 import weakref
-from pathlib import Path
 from typing import Any
 
+import hand_made as hand
 import pytest
 import torch
 
@@ -20,19 +18,6 @@ from galvatron_compile.precision import Precision
 from galvatron_compile.unit_schedule import UnitSchedule
 from galvatron_compile.units import BackwardFence, ParameterUnit, Recompute
 
-
-def _load(name: str) -> Any:
-    if name not in sys.modules:
-        path = Path(__file__).with_name(f"{name}.py")
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-    return sys.modules[name]
-
-
-hand = _load("hand_made")
 NUM_LAYERS = 5
 
 
