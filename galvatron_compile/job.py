@@ -27,17 +27,11 @@ class Job:
     def current(model: torch.nn.Module) -> Job:
         """The default process group if there is one, else a job of one process.
 
-        Under torchrun without ``init_process_group`` the group is made here: NCCL where every
-        rank has a GPU, gloo otherwise.
+        Under torchrun the group is made if it is not there yet, see :func:`join`.
         """
-        if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            dist.init_process_group("nccl" if _gpu_for_every_rank() else "gloo")
+        device = join()
         if not dist.is_initialized():
             return Job(0, 1, _device_of(model))
-        device = torch.device("cpu")
-        if "nccl" in str(dist.get_backend()):
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-            torch.cuda.set_device(device)
         return Job(dist.get_rank(), dist.get_world_size(), device)
 
     def together(self, step: Callable[[], T], *, same: Callable[[T], str] | None = None) -> T:
@@ -89,9 +83,26 @@ class Job:
                 )
 
 
-def _gpu_for_every_rank() -> bool:
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
-    return torch.cuda.is_available() and torch.cuda.device_count() >= local
+def join() -> torch.device:
+    """Be in the default process group, if this is a job of several processes; the rank's device.
+
+    Under torchrun without ``init_process_group`` the group is made here: NCCL where every rank
+    has a GPU, gloo otherwise. It then stays until the process ends. Made, destroyed and made
+    again, it would find the addresses of the first in torchrun's store, where both go by the same
+    name, and now and then connect to a socket that is gone: an error, or a wait without end.
+    """
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+    use_gpu = torch.cuda.is_available() and torch.cuda.device_count() >= local
+    if dist.is_initialized():
+        use_gpu = "nccl" in str(dist.get_backend())
+    device = torch.device("cpu")
+    if use_gpu:
+        index = os.environ.get("LOCAL_RANK", torch.cuda.current_device())
+        device = torch.device("cuda", int(index))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        dist.init_process_group("nccl" if use_gpu else "gloo")
+    return device
 
 
 def _device_of(model: torch.nn.Module) -> torch.device:

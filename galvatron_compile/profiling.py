@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,6 +13,7 @@ import torch.nn.functional as F
 from galvatron_compile.cluster import ClusterProfile, Device, Fact, Overlap
 from galvatron_compile.cluster_json import dumps, loads
 from galvatron_compile.curves import CollectiveCurve, RateCurve, rising
+from galvatron_compile.job import join
 from galvatron_compile.profiling_collectives import (
     groups_of,
     measure_group,
@@ -77,40 +76,20 @@ def measure(
     """Measure with all ranks of the job working at once; every rank returns the same profile.
 
     Collective: every rank of the default process group calls it. Under torchrun without a group
-    one is made (NCCL where every rank has a GPU, else gloo) and destroyed at the end; otherwise
-    only the groups made here are. A lone process measures computation only.
+    one is made (NCCL where every rank has a GPU, else gloo), which :func:`compile` then uses. A
+    lone process measures computation only.
 
     quick: fewer and smaller sizes, some 10 s instead of a minute on CPU; ``sizes`` overrides both.
 
     Raises:
         ProfileError: nodes with different numbers of ranks.
     """
-    with _job() as device, torch.no_grad():
-        if sizes is None:
-            cpu = device.type == "cpu"
-            sizes = (_CPU_QUICK if quick else _CPU) if cpu else (_CUDA_QUICK if quick else _CUDA)
+    device = join()
+    if sizes is None:
+        cpu = device.type == "cpu"
+        sizes = (_CPU_QUICK if quick else _CPU) if cpu else (_CUDA_QUICK if quick else _CUDA)
+    with torch.no_grad():
         return _Measurement(device, sizes, progress).run()
-
-
-@contextmanager
-def _job() -> Iterator[torch.device]:
-    """The device to measure, with a process group if there are several ranks."""
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    gpus = torch.cuda.is_available() and torch.cuda.device_count() >= local_world_size
-    own_group = not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1
-    use_gpu = gpus and (not dist.is_initialized() or "nccl" in str(dist.get_backend()))
-    device = torch.device("cpu")
-    if use_gpu:
-        index = int(os.environ.get("LOCAL_RANK", torch.cuda.current_device()))
-        device = torch.device("cuda", index)
-        torch.cuda.set_device(device)
-    if own_group:
-        dist.init_process_group("nccl" if use_gpu else "gloo")
-    try:
-        yield device
-    finally:
-        if own_group:
-            dist.destroy_process_group()
 
 
 class _Measurement:

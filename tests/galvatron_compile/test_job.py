@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,34 @@ def they_differ() -> int:
 
     job = Job.current(torch.nn.Linear(1, 1))
     return job.together(lambda: job.rank, same=str)
+
+
+def measure_then_compile(port: int) -> tuple[bool, bool]:
+    """As a script under torchrun that makes no process group itself."""
+    import os
+
+    import torch.distributed as dist
+
+    from galvatron_compile import profiling
+    from galvatron_compile.job import Job
+
+    place = {"RANK": dist.get_rank(), "WORLD_SIZE": dist.get_world_size(), "MASTER_PORT": port}
+    dist.destroy_process_group()
+    os.environ.update({"MASTER_ADDR": "127.0.0.1"}, **{k: str(v) for k, v in place.items()})
+    try:
+        profile = profiling.measure(sizes=profiling.Sizes((16, 32), (8,), 2, 2**16, (1024,), 0.005))
+        made = dist.group.WORLD
+        job = Job.current(torch.nn.Linear(1, 1))
+    finally:
+        for name in ("MASTER_ADDR", *place):
+            del os.environ[name]
+    return made is not None and made is dist.group.WORLD, job.world_size == profile.world_size == 2
+
+
+def test_measuring_and_compiling_share_one_group(ranks: Callable[[int], Any]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    assert ranks(2).run(measure_then_compile, port) == [(True, True)] * 2
 
 
 def test_the_error_of_one_rank_reaches_all(ranks: Callable[[int], Any]) -> None:
