@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -90,6 +91,7 @@ def join() -> torch.device:
     has a GPU, gloo otherwise. It then stays until the process ends. Made, destroyed and made
     again, it would find the addresses of the first in torchrun's store, where both go by the same
     name, and now and then connect to a socket that is gone: an error, or a wait without end.
+    Left to the interpreter's own end, gloo's threads sometimes abort the process: hence atexit.
     """
     local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
     use_gpu = torch.cuda.is_available() and torch.cuda.device_count() >= local
@@ -102,7 +104,13 @@ def join() -> torch.device:
         torch.cuda.set_device(device)
     if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         dist.init_process_group("nccl" if use_gpu else "gloo")
+        atexit.register(_leave)
     return device
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _device_of(model: torch.nn.Module) -> torch.device:
