@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from galvatron_compile import notation
+from galvatron_compile import notation, runnable
 from galvatron_compile.cluster import ClusterProfile
 from galvatron_compile.errors import InfeasibleError, ShapeError
 from galvatron_compile.graph import Graph, LayeredGraph
@@ -223,6 +223,7 @@ def obey(
 
     def read() -> Decision:
         plan = _read_plan(layered, given, world_size, batch_size)
+        runnable.check(plan)
         strategies = tuple(dict.fromkeys(plan.strategies))
         shardings = shard(layered, strategies)
         for layer, strategy in zip(layered.layers, plan.strategies, strict=True):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import atexit
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -91,7 +93,6 @@ def join() -> torch.device:
     has a GPU, gloo otherwise. It then stays until the process ends. Made, destroyed and made
     again, it would find the addresses of the first in torchrun's store, where both go by the same
     name, and now and then connect to a socket that is gone: an error, or a wait without end.
-    Left to the interpreter's own end, gloo's threads sometimes abort the process: hence atexit.
     """
     local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
     use_gpu = torch.cuda.is_available() and torch.cuda.device_count() >= local
@@ -105,12 +106,25 @@ def join() -> torch.device:
     if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         dist.init_process_group("nccl" if use_gpu else "gloo")
         atexit.register(_leave)
+    if dist.is_initialized():
+        _settle_at_exit()
     return device
 
 
 def _leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@cache
+def _settle_at_exit() -> None:
+    """Give gloo's threads a moment before the interpreter ends.
+
+    A thread that has just finished a collective may still have to drop Python objects that autograd
+    gave it. Asking for the interpreter's lock once that is shutting down, it aborts the process
+    (torch 2.13, one short run in eight); while the main thread sleeps, it gets the lock.
+    """
+    atexit.register(time.sleep, 0.1)
 
 
 def _device_of(model: torch.nn.Module) -> torch.device:

@@ -3,6 +3,10 @@
     plan      := clause (";" clause)*                 a later clause overrides an earlier one
     clause    := [selectors ":"] strategy             without selectors: all layers
                | "micro" "=" integer                  number of micro-batches, 1 if left out
+               | "pp" "=" integer                     pipeline stages of nearly equally many layers
+               | "stages" "=" integer ("," integer)*  … or of as many layers as given
+               | "schedule" "=" ("gpipe" | "1f1b" | "interleaved" | "zero-bubble")
+               | "virtual" "=" integer                stages that each rank runs, with interleaved
     selectors := selector ("," selector)*
     selector  := "all" | "embedding" | "blocks" | "norm" | "head"
                | integer | integer "-" integer        layer indices from 0, both ends included
@@ -11,40 +15,42 @@
     word      := "tp" integer | "dp" integer          degrees; dp left out means ranks / tp
                | "sp"                                 sequence parallel, with tp
                | "zero" ("0" | "1" | "2" | "3")       ZeRO stage
-               | "recompute"                          activation recomputation
+               | "ulysses" integer | "cp" integer     sequence over ranks, by heads or in a ring
+               | "ep" integer                         expert parallel, over the data ranks
+               | "recompute" | "selective"            activation recomputation, full or selective
 
 Examples: ``tp2.dp2.zero3``; ``all: dp4.zero2; 0-3: dp4.zero2.recompute``;
-``blocks: tp2.sp.dp2; embedding: dp4; norm, head: dp4; micro=2``. Spaces do not matter.
+``blocks: tp2.sp.dp2; embedding: dp4; norm, head: dp4; micro=2``; ``tp8.sp.dp4.zero1; pp=4;
+micro=32``. Spaces do not matter. Degrees are those of one pipeline stage.
 
 *blocks* are the layers whose names count up (``h.0``, ``h.1``, …; the largest such family),
 *embedding* the layers before them, *head* those after them except *norm*, which is the first of
 several. Numbers are always indices and *all* is always all; for the other words a layer that is
-itself called like that is meant rather than its place. ``pp``, ``cp``,
-``ep`` and ``ulysses`` are understood, but raise UnsupportedError: this version does not run them.
+itself called like that is meant rather than its place.
 """
 
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, groupby, pairwise
 from typing import NoReturn
 
-from galvatron_compile.errors import NotationError, PlanError, UnsupportedError
-from galvatron_compile.plan import Plan
-from galvatron_compile.strategy import Strategy
+from galvatron_compile.errors import NotationError, PlanError
+from galvatron_compile.plan import SCHEDULES, Plan, Stage
+from galvatron_compile.strategy import Recompute, Strategy
 
 ROLES = ("all", "embedding", "blocks", "norm", "head")
-WORDS = ("tp2", "dp2", "sp", "zero0", "zero1", "zero2", "zero3", "recompute")
-LATER = {
-    "pp": "pipeline parallel",
-    "cp": "context parallel",
-    "ep": "expert parallel",
-    "ulysses": "Ulysses sequence parallel",
-}
+DEGREES = ("tp", "dp", "ulysses", "cp", "ep")
+WORDS = (
+    *(f"{name}2" for name in DEGREES),
+    *("sp", "zero0", "zero1", "zero2", "zero3", "recompute", "selective"),
+)
+SETTINGS = ("micro", "pp", "stages", "schedule", "virtual")
 
 
 @dataclass(frozen=True)
@@ -83,25 +89,29 @@ def parse(
 ) -> Plan:
     """Read the compact notation; see the module's docstring for the grammar.
 
-    Raises NotationError with the position, what was expected and the nearest word;
-    UnsupportedError for words that this version does not run; PlanError if the batch does not
-    split as the plan asks.
+    Raises NotationError with the position, what was expected and the nearest word; PlanError if
+    the batch does not split as the plan asks.
     """
-    strategies: list[Strategy | None] = [None] * len(layer_names)
-    num_micro_batches: int | None = None
-    whole = Span(text, 0, text)
-    for clause in whole.split(";"):
+    clauses = Span(text, 0, text).split(";")
+    for clause in clauses:
         if not clause.text:
             clause.fail("expected a clause such as 'tp2.dp2.zero3' or 'micro=4', got nothing")
+    settings = _settings([clause for clause in clauses if "=" in clause.text])
+    stages = _stages(settings, len(layer_names))
+    virtual = _integer(settings["virtual"]) if "virtual" in settings else 1
+    pp = max(1, len(stages)) // virtual
+    if pp < 1 or world_size % pp:
+        where = settings.get("stages", settings.get("pp"))
+        assert where is not None
+        where.fail(f"{pp} stages do not divide {world_size} ranks; use a divisor")
+    strategies: list[Strategy | None] = [None] * len(layer_names)
+    for clause in clauses:
         if "=" in clause.text:
-            if num_micro_batches is not None:
-                clause.fail("micro is given twice; keep one")
-            num_micro_batches = _micro_batches(clause)
             continue
         *selectors, words = clause.split(":")
         if len(selectors) > 1:
             words.fail("expected one ':' between layers and strategy; put ';' between clauses")
-        strategy = _strategy(words, world_size)
+        strategy = _strategy(words, world_size // pp)
         for index in _select(selectors[0], layer_names) if selectors else range(len(layer_names)):
             strategies[index] = strategy
     missing = [index for index, strategy in enumerate(strategies) if strategy is None]
@@ -109,46 +119,98 @@ def parse(
         first = missing[0]
         raise NotationError(
             f"no strategy for layers {_ranges(missing)} ({layer_names[first]!r} is the first); "
-            f"begin with a clause for all layers, for example 'all: dp{world_size}; {text.strip()}'"
+            f"begin with a clause for all layers, for example "
+            f"'all: dp{world_size // pp}; {text.strip()}'"
         )
+    schedule = settings["schedule"].text.lower() if "schedule" in settings else "1f1b"
+    if schedule not in SCHEDULES:
+        settings["schedule"].fail(f"expected a schedule, got {schedule!r}", SCHEDULES)
     return Plan(
         model=model,
         world_size=world_size,
         global_batch_size=global_batch_size,
-        num_micro_batches=num_micro_batches or 1,
+        num_micro_batches=_integer(settings["micro"]) if "micro" in settings else 1,
         layers=tuple(layer_names),
         strategies=tuple(strategy for strategy in strategies if strategy is not None),
+        stages=stages,
+        schedule=schedule,
+        virtual=virtual,
     )
 
 
-def _micro_batches(clause: Span) -> int:
-    name, *values = clause.split("=")
-    if name.text.lower() != "micro":
-        name.fail(f"expected 'micro=' and a number, got {name.text!r}", ["micro"])
-    if len(values) != 1 or not re.fullmatch(r"[1-9][0-9]*", values[0].text):
-        values[0].fail(f"expected a whole number from 1 on, got {values[0].text!r}")
-    return int(values[0].text)
+def _settings(clauses: Sequence[Span]) -> dict[str, Span]:
+    """Clauses ``name=value`` by name."""
+    found: dict[str, Span] = {}
+    for clause in clauses:
+        name, *values = clause.split("=")
+        key = name.text.lower()
+        if key not in SETTINGS:
+            name.fail(f"expected one of {', '.join(SETTINGS)}, got {name.text!r}", SETTINGS)
+        if key in found:
+            clause.fail(f"{key} is given twice; keep one")
+        if len(values) != 1:
+            values[0].fail(f"expected one value after {key}=")
+        found[key] = values[0]
+    return found
 
 
-def _strategy(words: Span, world_size: int) -> Strategy:
+def _stages(settings: Mapping[str, Span], num_layers: int) -> tuple[Stage, ...]:
+    if "stages" in settings and "pp" in settings:
+        settings["pp"].fail("pp and stages are both given; keep one")
+    if "stages" in settings:
+        lengths = [_integer(part) for part in settings["stages"].split(",")]
+        if sum(lengths) != num_layers:
+            settings["stages"].fail(
+                f"the stages have {sum(lengths)} layers, the model {num_layers}"
+            )
+    elif "pp" in settings:
+        virtual = _integer(settings["virtual"]) if "virtual" in settings else 1
+        number = _integer(settings["pp"]) * virtual
+        if number > num_layers:
+            settings["pp"].fail(f"{num_layers} layers do not fill {number} stages; lower pp")
+        lengths = [
+            (i + 1) * num_layers // number - i * num_layers // number for i in range(number)
+        ]
+    else:
+        return ()
+    edges = [0, *accumulate(lengths)]
+    return tuple(Stage(first, last) for first, last in pairwise(edges)) if len(edges) > 2 else ()
+
+
+def _integer(value: Span) -> int:
+    if not re.fullmatch(r"[1-9][0-9]*", value.text):
+        value.fail(f"expected a whole number from 1 on, got {value.text!r}")
+    return int(value.text)
+
+
+def _strategy(words: Span, num_ranks: int) -> Strategy:
+    """num_ranks: of one pipeline stage."""
     values: dict[str, int] = {}
     for word in words.split("."):
         name, value = _word(word)
-        if name in values:
+        if name in values or {name, *values} >= {"recompute", "selective"}:
             word.fail(f"{name} is given twice in one strategy; put ';' between clauses")
         values[name] = value
-    tp = values.get("tp", 1)
-    if "dp" not in values and world_size % tp:
-        words.fail(f"tp{tp} does not divide {world_size} ranks; use a divisor of {world_size}")
-    dp = values.get("dp", world_size // tp)
-    if tp * dp != world_size:
-        fitting = f"write dp{world_size // tp}" if world_size % tp == 0 else "change tp"
+    others = [values.get(name, 1) for name in ("tp", "ulysses", "cp")]
+    product = math.prod(others)
+    if "dp" not in values and num_ranks % product:
+        words.fail(f"tp{others[0]} does not divide {num_ranks} ranks; use a divisor of {num_ranks}"
+                   if product == others[0] else
+                   f"{words.text} does not divide {num_ranks} ranks; lower a degree")
+    dp = values.get("dp", num_ranks // product)
+    if product * dp != num_ranks:
+        fitting = f"write dp{num_ranks // product}" if num_ranks % product == 0 else "change tp"
         words.fail(
-            f"{words.text} uses {tp * dp} ranks, but there are {world_size}; {fitting} or leave "
-            "dp out"
+            f"{words.text} uses {product * dp} ranks, but there are {num_ranks}; {fitting} or "
+            "leave dp out"
         )
+    recompute: Recompute = "full" if "recompute" in values else "none"
     try:
-        return Strategy(tp, dp, "sp" in values, values.get("zero", 0), "recompute" in values)
+        return Strategy(
+            others[0], dp, "sp" in values, values.get("zero", 0),
+            "selective" if "selective" in values else recompute,
+            others[1], others[2], values.get("ep", 1),
+        )  # fmt: skip
     except PlanError as error:
         words.fail(str(error))
 
@@ -157,22 +219,20 @@ def _word(word: Span) -> tuple[str, int]:
     text = word.text.lower()
     match = re.fullmatch(r"([a-z]+?)([0-9]*)", text)
     name, digits = (match[1], match[2]) if match else ("", "")
-    if name in LATER:
-        without = f"leave {word.text!r} out"
-        raise UnsupportedError(
-            word.show(f"{LATER[name]} is not executed by this version yet; {without}")
-        )
-    if name in ("sp", "recompute") and not digits:
+    if name in ("sp", "recompute", "selective") and not digits:
         return name, 1
-    if name in ("tp", "dp") and digits and int(digits) > 0:
+    if name in DEGREES and digits and int(digits) > 0:
         return name, int(digits)
     if name == "zero" and digits in ("0", "1", "2", "3"):
         return name, int(digits)
-    if name in ("tp", "dp"):
+    if name in DEGREES:
         word.fail(f"{name} needs a degree of at least 1, for example {name}2, got {word.text!r}")
+    if name == "pp":
+        word.fail("the pipeline is a clause of its own: write '; pp=2' after the strategies")
     got = repr(word.text) if word.text else "nothing"
     word.fail(
-        f"expected a word of a strategy (tp2, dp2, sp, zero0 to zero3, recompute), got {got}",
+        "expected a word of a strategy (tp2, dp2, ulysses2, cp2, ep2, sp, zero0 to zero3, "
+        f"recompute, selective), got {got}",
         WORDS,
     )
 
@@ -223,11 +283,7 @@ def layer_roles(layer_names: Sequence[str]) -> dict[str, Sequence[int]]:
 
 
 def format(plan: Plan) -> str:
-    """The plan in the compact notation: the inverse of :func:`parse`, for plans of one stage."""
-    if plan.num_stages > 1:
-        raise UnsupportedError(
-            f"the notation has no word for the {plan.num_stages} stages of this plan; use to_json"
-        )
+    """The plan in the compact notation: the inverse of :func:`parse`."""
     # Indices, since a layer's name may contain anything.
     usual = Counter(plan.strategies).most_common(1)[0][0]
     others = defaultdict[Strategy, list[int]](list)
@@ -238,6 +294,11 @@ def format(plan: Plan) -> str:
     clauses += [f"{_ranges(indices)}: {strategy}" for strategy, indices in others.items()]
     if plan.num_micro_batches > 1:
         clauses.append(f"micro={plan.num_micro_batches}")
+    if plan.num_stages > 1:
+        lengths = ",".join(str(stage.last - stage.first) for stage in plan.stages)
+        clauses.append(f"stages={lengths}")
+        clauses += [f"schedule={plan.schedule}"] if plan.schedule != "1f1b" else []
+        clauses += [f"virtual={plan.virtual}"] if plan.virtual > 1 else []
     return "; ".join(clauses)
 
 

@@ -16,12 +16,15 @@ from galvatron_compile.fields import Fields
 from galvatron_compile.strategy import Strategy
 from galvatron_compile.text import columns, mib, ms
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
+
+SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero-bubble")
+"""Orders in which a pipeline runs its micro-batches; see galvatron_compile.schedules."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A pipeline stage: layers ``first`` up to but not including ``last``."""
+    """A piece of the pipeline: layers ``first`` up to but not including ``last``."""
 
     first: int
     last: int
@@ -33,7 +36,10 @@ class Plan:
 
     model: fingerprint of the layered graph the plan was made for ("" fits any with as many layers).
     layers: name of every layer, in order; strategies: its strategy.
-    stages: pipeline stages; none means one stage with all layers.
+    stages: ranges of layers in order; none means one stage with all layers. Stage i runs on the
+        i-th group of ``world_size / pp`` ranks, and with virtual stages on group ``i mod pp``.
+    schedule: one of :data:`SCHEDULES`, of no meaning for one stage.
+    virtual: how many stages each group of ranks runs ("interleaved" only).
     predicted: what the search expected, JSON-able, with units in the keys (``step_ms``,
         ``memory_bytes``, and under ``layers`` one mapping per layer).
     classes: name of every layer's class, if known; for people, nothing depends on it.
@@ -48,12 +54,13 @@ class Plan:
     layers: tuple[str, ...]
     strategies: tuple[Strategy, ...]
     stages: tuple[Stage, ...] = ()
-    schedule: str = "sequential"
+    schedule: str = "1f1b"
+    virtual: int = 1
     predicted: Mapping[str, Any] = field(default_factory=dict, compare=False)
     classes: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
-        for name in ("world_size", "global_batch_size", "num_micro_batches"):
+        for name in ("world_size", "global_batch_size", "num_micro_batches", "virtual"):
             if getattr(self, name) < 1:
                 raise PlanError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.layers:
@@ -69,6 +76,7 @@ class Plan:
                 f"{len(self.layers)} layers"
             )
         self._check_stages()
+        self._check_schedule()
         self._check_ranks()
         self._check_batch()
 
@@ -86,14 +94,27 @@ class Plan:
             if last <= first:
                 raise PlanError(f"stage {index} has no layers; use fewer stages")
 
+    def _check_schedule(self) -> None:
+        if self.schedule not in SCHEDULES:
+            known = ", ".join(SCHEDULES)
+            raise PlanError(f"schedule {self.schedule!r} is not known; use one of {known}")
+        if self.num_stages % self.virtual:
+            raise PlanError(
+                f"{self.num_stages} stages do not divide into {self.virtual} virtual stages a rank"
+            )
+        if self.virtual > 1 and self.schedule != "interleaved":
+            raise PlanError(
+                f"virtual stages need the interleaved schedule, got {self.schedule}; change one"
+            )
+
     def _check_ranks(self) -> None:
         for name, strategy in zip(self.layers, self.strategies, strict=True):
-            if strategy.num_ranks * self.num_stages != self.world_size:
-                stages = f" in each of {self.num_stages} stages" if self.num_stages > 1 else ""
+            if strategy.num_ranks * self.pp != self.world_size:
+                stages = f" in each of {self.pp} stages" if self.pp > 1 else ""
                 raise PlanError(
                     f"layer {name!r} with {strategy} uses {strategy.num_ranks} ranks{stages}, but "
                     f"the plan is for {self.world_size}; make tp times dp equal "
-                    f"{self.world_size / self.num_stages:g}"
+                    f"{self.world_size / self.pp:g}"
                 )
 
     def _check_batch(self) -> None:
@@ -111,6 +132,16 @@ class Plan:
     @property
     def num_stages(self) -> int:
         return max(1, len(self.stages))
+
+    @property
+    def pp(self) -> int:
+        """Pipeline-parallel degree: groups of ranks, each with ``virtual`` stages."""
+        return self.num_stages // self.virtual
+
+    def group_layers(self, group: int) -> tuple[int, ...]:
+        """Indices of the layers that the ranks of a pipeline group run, in order."""
+        stages = self.stages or (Stage(0, len(self.layers)),)
+        return tuple(i for s in stages[group :: self.pp] for i in range(s.first, s.last))
 
     @property
     def data_size(self) -> int:
@@ -154,6 +185,7 @@ class Plan:
             "global_batch_size": self.global_batch_size,
             "num_micro_batches": self.num_micro_batches,
             "schedule": self.schedule,
+            "virtual": self.virtual,
             "stages": [dataclasses.asdict(stage) for stage in self.stages],
             "layers": layers,
             "predicted": self.predicted,
@@ -189,7 +221,8 @@ class Plan:
             layers=names,
             strategies=tuple(_strategy(layer) for layer in layers),
             stages=tuple(Stage(x.take("first", int), x.take("last", int)) for x in stages),
-            schedule=top.take("schedule", str, "sequential"),
+            schedule=top.take("schedule", str, "1f1b"),
+            virtual=top.take("virtual", int, 1),
             predicted=top.take("predicted", dict, {}),
             classes=classes if any(classes) else (),
         )
@@ -215,7 +248,9 @@ class Plan:
     def __str__(self) -> str:
         count = self.num_micro_batches
         batches = "1 micro-batch" if count == 1 else f"{count} micro-batches"
-        stages = f", {self.num_stages} stages ({self.schedule})" if self.num_stages > 1 else ""
+        virtual = f", {self.virtual} a rank" if self.virtual > 1 else ""
+        stages = f", {self.num_stages} stages ({self.schedule}{virtual})"
+        stages = stages if self.num_stages > 1 else ""
         ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks"
         lines = [f"plan for {ranks}: global batch {self.global_batch_size} in {batches}{stages}"]
         if "step_ms" in self.predicted and "memory_bytes" in self.predicted:

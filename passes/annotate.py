@@ -123,7 +123,7 @@ class _Writer:
         run = timing or self.estimator.computation(class_index, strategy, local_batch)
         comm = self._tensor_collectives(sharded, local_batch)
         size = parameter_bytes(self.layered, class_index, sharded, self.workload.precision)
-        again = strategy.recompute
+        again = strategy.recompute == "full"
         return LayerCost(
             forward_ms=run.forward_ms,
             backward_ms=run.backward_ms + run.forward_ms * again,
@@ -199,7 +199,7 @@ def _memory(size: ParameterBytes, strategy: Strategy, estimate: Estimate) -> _By
     passing = (2 * size.working if strategy.zero == 3 else 0) + (
         size.gradient if strategy.zero >= 2 else 0
     )
-    saved = estimate.input_bytes if strategy.recompute else estimate.saved_bytes
+    saved = estimate.input_bytes if strategy.recompute == "full" else estimate.saved_bytes
     return {
         "parameter_bytes": -(-size.master // owners) + copy,
         "gradient_bytes": held,

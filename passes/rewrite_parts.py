@@ -50,7 +50,7 @@ class LayerModules:
                 evaluation[name] = without_dropout(self.graphs[name])
             graph = self.graphs[name]
             self.sharded.append(sharded)
-            self.training.append(Recompute(graph) if strategy.recompute else graph)
+            self.training.append(Recompute(graph) if strategy.recompute == "full" else graph)
             self.evaluation.append(evaluation[name])
             remarks |= dict.fromkeys(sharded.remarks)
         self.remarks = tuple(remarks)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 from galvatron_compile.errors import ShapeError
-from galvatron_compile.strategy import Strategy
+from galvatron_compile.strategy import Recompute, Strategy
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ class Pruning:
     reason: str
     cuts: Callable[[Limits, int, int, bool, int], bool]
 
+
+RECOMPUTE_RUN: tuple[Recompute, ...] = ("none", "full")  # "selective" is planned, not run yet
 
 RULES = (
     Pruning(
@@ -97,7 +99,7 @@ def enumerate_strategies(
     strategies = tuple(
         Strategy(tp, dp, sp, zero, again)
         for tp, dp, sp, zero in _leaves(limits)
-        for again in ((False, True) if recompute else (False,))
+        for again in RECOMPUTE_RUN[: 1 + recompute]
     )
     if not strategies:
         within = "" if max_tp is None else f" with tp of at most {max_tp}"

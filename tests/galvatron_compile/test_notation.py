@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from galvatron_compile.errors import NotationError, PlanError, UnsupportedError
+from galvatron_compile.errors import NotationError, PlanError
 from galvatron_compile.notation import format, layer_roles, parse
 from galvatron_compile.passes.strategies import enumerate_strategies
 from galvatron_compile.plan import Plan, Stage
@@ -97,10 +97,38 @@ def test_errors_say_what_was_expected_and_point_at_it(
     assert caret.index("^") - 2 == position
 
 
-@pytest.mark.parametrize("word", ["pp2", "cp2", "ep2", "ulysses", "ulysses4"])
-def test_words_for_later_are_understood_but_refused(word: str) -> None:
-    with pytest.raises(UnsupportedError, match=rf"(?s)not executed .* leave '{word}' out.*\^"):
-        parse(f"tp2.{word}", NAMES, 4, 64)
+def test_every_kind_of_parallelism_has_a_word() -> None:
+    plan = parse("ulysses2.cp2.ep4.zero3.selective; pp=2; schedule=gpipe; micro=4", NAMES, 16, 64)
+    assert plan.strategies[0] == Strategy(1, 2, False, 3, "selective", ulysses=2, cp=2, ep=4)
+    assert plan.stages == (Stage(0, 3), Stage(3, 7)) and plan.schedule == "gpipe"
+    assert format(plan) == (
+        "ulysses2.cp2.ep4.dp2.zero3.selective; micro=4; stages=3,4; schedule=gpipe"
+    )
+
+
+def test_virtual_stages() -> None:
+    plan = parse("dp2; pp=2; virtual=2; schedule=interleaved; micro=4", NAMES, 4, 64)
+    assert (plan.pp, plan.num_stages, plan.virtual) == (2, 4, 2)
+    assert plan.group_layers(0) == (0, 3, 4) and plan.group_layers(1) == (1, 2, 5, 6)
+    assert parse(format(plan), NAMES, 4, 64) == plan
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tp2.pp2", "write '; pp=2' after"),
+        ("dp4; pp=3", "3 stages do not divide 4 ranks"),
+        ("dp4; pp=8", "7 layers do not fill 8 stages"),
+        ("dp2; stages=3,3", "the stages have 6 layers, the model 7"),
+        ("dp2; pp=2; stages=3,4", "both given"),
+        ("dp2; pp=2; schedule=1f1c", "did you mean '1f1b'"),
+        ("dp4.recompute.selective", "given twice"),
+        ("ulysses3", "ulysses3 does not divide 4 ranks"),
+    ],
+)
+def test_pipeline_errors(text: str, message: str) -> None:
+    with pytest.raises(NotationError, match=message):
+        parse(text, NAMES, 4, 64)
 
 
 def test_layers_without_strategy_are_listed() -> None:
@@ -142,11 +170,3 @@ def test_format_is_short() -> None:
     assert format(parse("tp2.dp2", NAMES, 4, 64)) == "tp2.dp2"
     text = "0-1,6: tp4; all: dp4.zero1; 0-1,6: tp4; micro=2"
     assert format(parse(text, NAMES, 4, 64)) == "all: dp4.zero1; 0-1,6: tp4; micro=2"
-
-
-def test_format_refuses_stages() -> None:
-    plan = Plan(
-        "", 8, 64, 1, ("a", "b"), (Strategy(1, 4),) * 2, stages=(Stage(0, 1), Stage(1, 2))
-    )  # fmt: skip
-    with pytest.raises(UnsupportedError, match="no word for the 2 stages"):
-        format(plan)

@@ -13,7 +13,7 @@ from galvatron_compile.errors import PlanError
 from galvatron_compile.plan import Plan, Stage
 from galvatron_compile.strategy import Strategy
 
-A, B = Strategy(2, 2, True, 3), Strategy(1, 4, zero=2, recompute=True)
+A, B = Strategy(2, 2, True, 3), Strategy(1, 4, zero=2, recompute="full")
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 
@@ -61,7 +61,7 @@ def test_parts_that_do_not_fit_together_are_refused(changed: Any, message: str) 
 def test_ranks_are_those_of_all_stages() -> None:
     plan = make_plan(world_size=8, stages=(Stage(0, 2), Stage(2, 5)))
     assert plan.num_stages == 2
-    assert "2 stages (sequential)" in str(plan)
+    assert "2 stages (1f1b)" in str(plan)
 
 
 def test_data_size_is_what_all_layers_can_load() -> None:
@@ -92,7 +92,7 @@ def edited(change: Any) -> str:
     ("change", "message"),
     [
         (lambda d: d.pop("world_size"), "plan lacks the field 'world_size'"),
-        (lambda d: d.update(version=9), "schema version 9, this version reads 1"),
+        (lambda d: d.update(version=9), "schema version 9, this version reads 2"),
         (lambda d: d["layers"][3].update(tp="2"), r'layers\[3\]\.tp must be an integer, got "2"'),
         (lambda d: d["layers"][3].update(zero=True), r"layers\[3\]\.zero must be an integer"),
         (lambda d: d["layers"][1].update(tp=1, dp=0), r"layers\[1\]: dp must be at least 1"),

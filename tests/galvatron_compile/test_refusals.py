@@ -314,13 +314,29 @@ def test_malformed_plan_files_are_refused(ranks: Any, plan: Any, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("dp1; pp=2", "a plan of 2 pipeline stages is not executed by this version"),
+        ("ulysses2", "Ulysses sequence parallel is not executed by this version"),
+        ("cp2", "leave cp2 out"),
+        ("dp2.ep2", "expert parallel is not executed by this version"),
+        ("dp2.selective", "selective recompute is not executed by this version"),
+    ],
+)
+def test_what_the_planner_knows_and_the_runtime_does_not_is_refused(
+    ranks: Any, text: str, message: str
+) -> None:
+    alike(refused(ranks, compiled, plan=text), UnsupportedError, message)
+
+
+@pytest.mark.parametrize(
     ("text", "kind", "message", "at"),
     [
         ("all: dp2; blocks: tp2.zreo3", NotationError, "did you mean 'zero3'?", "zreo3"),
         ("tp4", NotationError, "tp4 does not divide 2 ranks; use a divisor of 2", "tp4"),
         ("all: dp2; 9: tp2", NotationError, "layer 9 does not exist; layers are 0-3", "9"),
         ("dp2; micro=x", NotationError, "expected a whole number from 1 on, got 'x'", "x"),
-        ("pp2", UnsupportedError, "pipeline parallel is not executed by this version", "pp2"),
+        ("tp2.pp2", NotationError, "write '; pp=2' after the strategies", "pp2"),
     ],
 )
 def test_malformed_notation_is_refused_with_a_caret_under_it(

@@ -100,7 +100,7 @@ def test_measured_times_take_the_place_of_estimates(
     workload = Workload(WORLD, BATCH, (1,), Precision())
     found = annotate(layered, shardings, CLUSTER, STRATEGIES, workload, timings)
     plain = found.entries[index, Strategy(dp=2), 1]
-    again = found.entries[index, Strategy(dp=2, recompute=True), 1]
+    again = found.entries[index, Strategy(dp=2, recompute="full"), 1]
     assert (plain.source, plain.forward_ms, plain.backward_ms) == ("measured", 3.0, 7.0)
     assert again.backward_ms == 10.0  # recompute runs forward once more
     assert found.entries[index, Strategy(tp=2), 1].source == "analytic"
@@ -141,7 +141,7 @@ def test_zero_divides_states_and_recompute_saves_only_inputs(
     assert cost[2].gradient_bytes == cost[0].gradient_bytes / 2
     assert cost[3].forward_gather_ms > 0 == cost[2].forward_gather_ms
     assert cost[2].micro_reduce_ms > 0 == cost[1].micro_reduce_ms
-    again = table.entries[index, Strategy(dp=2, recompute=True), 1]
+    again = table.entries[index, Strategy(dp=2, recompute="full"), 1]
     hidden = BATCH // 2 * SEQ * WIDTH * 4
     assert again.saved_bytes == hidden < cost[0].saved_bytes
 
