@@ -144,7 +144,52 @@ class ClusterProfile:
         """
         if len(ranks) < 2 or payload_bytes <= 0:
             return 0.0
-        tier = self.tier(ranks)
+        num_nodes = 1 if self.tier(ranks) == "node" else len(self._nodes(ranks))
+        return self._group_ms(kind, payload_bytes, len(ranks), num_nodes)
+
+    def group_ms(self, kind: str, payload_bytes: float, num_ranks: int, stride: int = 1) -> float:
+        """As :meth:`collective_ms` among ``num_ranks`` ranks that lie ``stride`` apart."""
+        if num_ranks < 2 or payload_bytes <= 0:
+            return 0.0
+        extent = (num_ranks - 1) * stride + 1
+        if extent > self.world_size:
+            self.tier((0, extent - 1))  # raises
+        if extent <= self.ranks_per_node:
+            num_nodes = 1
+        else:
+            num_nodes = min(num_ranks, -(-num_ranks * stride // self.ranks_per_node))
+        return self._group_ms(kind, payload_bytes, num_ranks, num_nodes)
+
+    def _group_ms(
+        self, kind: str, payload_bytes: float, num_ranks: int, num_nodes: int
+    ) -> float:
+        """Among ranks spread evenly over ``num_nodes`` nodes.
+
+        The curves "cluster" hold for ranks strided over the whole cluster. A group that has more
+        of its ranks in each of fewer nodes shares their network with fewer other groups, so its
+        bytes flow faster by that factor, but never faster than inside a node.
+        """
+        tier = "node" if num_nodes == 1 else "cluster"
+        curves = self._curves(kind, tier)
+        size = 2 if kind == "p2p" else num_ranks
+        whole_ms = between_sizes(curves, size, payload_bytes)
+        here, strided = num_ranks // num_nodes, max(1, num_ranks // self.num_nodes)
+        if tier == "node" or here == strided or kind == "p2p":
+            return whole_ms
+        moving_ms = whole_ms - between_sizes(curves, num_ranks, 0)
+        latency_ms = between_sizes(curves, num_nodes, 0)
+        if kind == "all_to_all":  # a rank's way out of its node is as wide; fewer bytes take it
+            moving_ms *= (num_ranks - here) / (num_ranks - strided)
+        else:
+            moving_ms *= strided / here
+        if here > 1:
+            inside = self._curves(kind, "node")
+            inside_ms = between_sizes(inside, here, 0)
+            latency_ms += inside_ms
+            moving_ms = max(moving_ms, between_sizes(inside, here, payload_bytes) - inside_ms)
+        return latency_ms + moving_ms
+
+    def _curves(self, kind: str, tier: str) -> list[CollectiveCurve]:
         curves = [c for c in self.collectives if (c.kind, c.tier) == (kind, tier)]
         if not curves:
             known = sorted({c.kind for c in self.collectives if c.tier == tier})
@@ -154,7 +199,10 @@ class ClusterProfile:
                 f"{', '.join(known) or 'none'}); measure with galvatron-compile profile under "
                 "torchrun on the ranks that will train, or take a preset"
             )
-        return between_sizes(curves, 2 if kind == "p2p" else len(ranks), payload_bytes)
+        return curves
+
+    def _nodes(self, ranks: Sequence[int]) -> set[int]:
+        return {rank // self.ranks_per_node for rank in ranks}
 
     def tier(self, ranks: Sequence[int]) -> str:
         """ "node" if these global ranks share a node, else "cluster"."""
@@ -163,8 +211,7 @@ class ClusterProfile:
                 f"profile {self.name!r} describes {self.num_nodes} x {self.ranks_per_node} ranks, "
                 f"but rank {max(ranks)} was asked for; profile the cluster that will train"
             )
-        nodes = {rank // self.ranks_per_node for rank in ranks}
-        return "node" if len(nodes) == 1 else "cluster"
+        return "node" if len(self._nodes(ranks)) == 1 else "cluster"
 
     def sources(self) -> dict[str, str]:
         """Where each group of numbers is from."""

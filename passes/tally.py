@@ -39,7 +39,9 @@ class Tally:
 
     saved_bytes: activations kept for backward (differentiable inputs counted here, outputs not).
     peak_bytes: highest new memory during forward and backward, including what is saved.
-    input_bytes: differentiable activations that come in, what recompute keeps instead.
+    input_bytes: differentiable activations that come in, what full recompute keeps instead.
+    product_bytes: results of matrix products and attention that stay inside the layer, what
+        selective recompute keeps beside the inputs.
     """
 
     forward: tuple[OperatorCount, ...]
@@ -48,6 +50,7 @@ class Tally:
     saved_bytes: int
     peak_bytes: int
     input_bytes: int
+    product_bytes: int = 0
 
 
 @dataclass
@@ -81,6 +84,10 @@ class _Counter(TorchDispatchMode):
         super().__init__()
         self.live = live
         self.counts: list[OperatorCount] = []
+        # Bytes of every storage that a product or attention made, by an address that may be used
+        # again: ``made`` tells which of them is there now.
+        self.product_bytes = 0
+        self.made: dict[int, int] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -90,10 +97,28 @@ class _Counter(TorchDispatchMode):
         outputs = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
         for tensor in outputs:
             self.live.hold(tensor)
-        if not func.is_view and func.namespace == "aten":
+        if func.namespace == "aten":
             inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-            self.counts.append(_count(func, args, kwargs, out, inputs, outputs))
+            if not _is_alias(func, inputs, outputs):
+                self.counts.append(_count(func, args, kwargs, out, inputs, outputs))
+                self._note_products(self.counts[-1].kind, outputs)
         return out
+
+    def _note_products(self, kind: str, outputs: Sequence[torch.Tensor]) -> None:
+        for storage in [tensor.untyped_storage() for tensor in outputs]:
+            self.made[storage._cdata] = storage.nbytes() if kind != "memory" else 0
+            self.product_bytes += self.made[storage._cdata]
+
+
+def _is_alias(
+    func: Any, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]
+) -> bool:
+    """Nothing moves: a view, also one that its schema does not call so (``_unsafe_view``)."""
+    if func.is_view:
+        return True
+    held = {tensor.untyped_storage()._cdata for tensor in inputs}
+    shared = all(tensor.untyped_storage()._cdata in held for tensor in outputs)
+    return bool(outputs) and shared and not func._schema.is_mutable
 
 
 def _count(
@@ -115,12 +140,17 @@ def _count(
 
 
 def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
-    """torch's own formulas; the CPU attention kernel, which has none there, by the same count."""
+    """torch's own formulas; the CPU attention kernel, which has none there, by the same count.
+
+    Causal attention is half of it: kernels skip the blocks above the diagonal.
+    """
     name = func.overloadpacket.__name__
     if name == "_scaled_dot_product_flash_attention_for_cpu":
-        return int(sdpa_flop_count(*(t.shape for t in args[:3])))
+        is_causal = bool(args[4] if len(args) > 4 else kwargs.get("is_causal", False))
+        return int(sdpa_flop_count(*(t.shape for t in args[:3]))) // (1 + is_causal)
     if name == "_scaled_dot_product_flash_attention_for_cpu_backward":
-        return int(sdpa_backward_flop_count(*(t.shape for t in args[:4])))
+        is_causal = bool(args[7] if len(args) > 7 else kwargs.get("is_causal", False))
+        return int(sdpa_backward_flop_count(*(t.shape for t in args[:4]))) // (1 + is_causal)
     formula = flop_registry.get(func.overloadpacket)
     return int(formula(*args, **kwargs, out_val=out)) if formula else 0
 
@@ -172,6 +202,8 @@ def tally(
             outputs = interpreter.run(*arguments)
         forward = tuple(counter.counts)
         saved_bytes = saved.total_bytes(arguments, inputs, outputs)
+        leaving = {t.untyped_storage()._cdata for t in tree_leaves(outputs)}
+        product_bytes = counter.product_bytes - sum(counter.made.get(key, 0) for key in leaving)
         counter.counts.clear()
         with counter:
             _backward(outputs)
@@ -182,6 +214,7 @@ def tally(
         saved_bytes=saved_bytes,
         peak_bytes=live.peak_bytes,
         input_bytes=sum(_num_bytes(value) for value in inputs),
+        product_bytes=product_bytes,
     )
 
 

@@ -205,3 +205,31 @@ def test_unreadable_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text.json").write_text("{not json")
     with pytest.raises(ProfileError, match="not JSON"):
         ClusterProfile.load(tmp_path / "text.json")
+
+
+def test_groups_of_neighbours_use_the_network_of_their_nodes() -> None:
+    profile = ClusterProfile.preset("16x8xH100")
+    payload_bytes = 2.0**30
+    for kind in ("all_gather", "reduce_scatter", "all_reduce"):
+        strided = profile.group_ms(kind, payload_bytes, 16, 8)  # one rank in each node
+        compact = profile.group_ms(kind, payload_bytes, 16, 1)  # eight ranks in each of two
+        assert 5 < strided / compact < 9
+    assert profile.group_ms("all_gather", payload_bytes, 8) == profile.collective_ms(
+        "all_gather", payload_bytes, range(8)
+    )
+    whole = profile.group_ms("all_gather", payload_bytes, 128)
+    assert whole == profile.collective_ms("all_gather", payload_bytes, range(128))
+    # In its own profile of two nodes the compact group is the whole, and as fast.
+    alone = ClusterProfile.preset("2x8xH100").group_ms("all_gather", payload_bytes, 16)
+    assert profile.group_ms("all_gather", payload_bytes, 16) == pytest.approx(alone, rel=0.1)
+
+
+def test_strides_and_ranks_say_the_same() -> None:
+    profile = ClusterProfile.preset("4x8xA100-80GB")
+    for size, stride in ((2, 1), (4, 2), (8, 4), (4, 8), (16, 2), (2, 16)):
+        ranks = range(0, size * stride, stride)
+        for kind in ("all_reduce", "all_to_all", "all_gather"):
+            by_stride = profile.group_ms(kind, 1e7, size, stride)
+            assert by_stride == profile.collective_ms(kind, 1e7, ranks)
+    with pytest.raises(ProfileError, match="rank 63 was asked for"):
+        profile.group_ms("all_reduce", 1.0, 64, 1)

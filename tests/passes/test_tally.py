@@ -75,3 +75,36 @@ def test_every_node_knows_what_it_caused() -> None:
     counted = mlp()
     assert [c.name for c in counted.by_node["relu"]] == ["relu"]
     assert sum(c.flops for c in counted.by_node["linear"]) == 2 * B * S * H * 2 * H
+
+
+def test_selective_recompute_keeps_what_products_made_inside_the_layer() -> None:
+    counted = mlp()
+    # The hidden product is kept; the second one leaves through the addition, so it is kept too.
+    assert counted.product_bytes == B * S * (2 * H + H) * F32
+
+
+def test_causal_attention_is_half_the_work() -> None:
+    class Causal(torch.nn.Module):
+        def forward(self, q: torch.Tensor) -> tuple[torch.Tensor]:
+            attend = torch.nn.functional.scaled_dot_product_attention
+            return (attend(q, q, q, is_causal=True),)
+
+    def flops(module: torch.nn.Module) -> list[int]:
+        counted = tally(
+            fx.symbolic_trace(module), lambda: [torch.randn(2, 4, S, H)], [True], [True]
+        )
+        return [
+            sum(c.flops for c in side if c.kind == ATTENTION)
+            for side in (counted.forward, counted.backward)
+        ]
+
+    assert [2 * count for count in flops(Causal())] == flops(Attention())
+
+
+def test_views_that_their_schema_does_not_call_so_cost_nothing() -> None:
+    class View(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+            return (torch.ops.aten._unsafe_view(x, [B * S, H]),)
+
+    counted = tally(fx.symbolic_trace(View()), lambda: [torch.randn(B, S, H)], [False], [True])
+    assert not counted.forward
