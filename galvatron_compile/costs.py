@@ -18,7 +18,13 @@ class LayerCost:
 
     forward_ms, backward_ms: computation; backward includes the second forward of recompute.
     forward_comm_ms, backward_comm_ms: tensor and sequence parallel collectives, not overlapped.
-    forward_gather_ms, backward_gather_ms: ZeRO-3 parameter gathers (zero otherwise).
+    forward_context_ms, backward_context_ms: what Ulysses' all-to-alls take, and of context
+        parallel's ring what attention does not hide.
+    forward_expert_ms, backward_expert_ms: all-to-alls of tokens to experts and back.
+    forward_send_ms, backward_send_ms: outputs to the next pipeline stage, gradients of inputs to
+        the previous one; paid by the last and the first layer of a stage only.
+    forward_gather_ms, backward_gather_ms: ZeRO-3 parameter gathers (zero otherwise), started one
+        layer ahead, so that they run beside computation.
     step_gather_ms: ZeRO-1/2 gather of updated parameters, once a step.
     micro_reduce_ms: gradient reduce-scatter of every micro-batch (ZeRO-2/3).
     step_reduce_ms: gradient reduction once a step (ZeRO-0/1, and tensor-parallel deferred sums).
@@ -43,6 +49,20 @@ class LayerCost:
     saved_bytes: int
     transient_bytes: int
     source: Source
+    forward_context_ms: float = 0.0
+    backward_context_ms: float = 0.0
+    forward_expert_ms: float = 0.0
+    backward_expert_ms: float = 0.0
+    forward_send_ms: float = 0.0
+    backward_send_ms: float = 0.0
+
+    @property
+    def context_ms(self) -> float:
+        return self.forward_context_ms + self.backward_context_ms
+
+    @property
+    def expert_ms(self) -> float:
+        return self.forward_expert_ms + self.backward_expert_ms
 
     @property
     def state_bytes(self) -> int:

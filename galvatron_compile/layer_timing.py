@@ -39,14 +39,14 @@ class Experiment:
 
 
 def interpolate(
-    timings: Mapping[TimingKey, LayerTiming], form: FormKey, batch: int
+    timings: Mapping[TimingKey, LayerTiming], form: FormKey, batch: float
 ) -> LayerTiming | None:
     """The time at a batch size between (or beyond) measured ones, linear in the batch size."""
     sizes = sorted(key[3] for key in timings if key[:3] == form)
     if not sizes:
         return None
     if batch in sizes:
-        return timings[(*form, batch)]
+        return timings[(*form, int(batch))]
     if len(sizes) == 1:
         only = timings[(*form, sizes[0])]
         return LayerTiming(only.forward_ms, only.backward_ms)

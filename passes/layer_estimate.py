@@ -25,11 +25,13 @@ SMALL, LARGE = 2, 4
 
 @dataclass(frozen=True)
 class Estimate:
-    """Memory of one layer, one micro-batch, one rank."""
+    """Memory of one layer, one micro-batch, one rank. selective_bytes: what selective recompute
+    keeps, inputs included; never more than keeping everything."""
 
     saved_bytes: int
     peak_bytes: int
     input_bytes: int
+    selective_bytes: int
 
 
 class Estimator:
@@ -45,16 +47,21 @@ class Estimator:
         self.cluster = cluster
         self.tallies: dict[tuple[int, int, bool], tuple[Tally, Tally]] = {}
 
-    def estimate(self, class_index: int, strategy: Strategy, local_batch: int) -> Estimate:
+    def estimate(self, class_index: int, strategy: Strategy, local_batch: float) -> Estimate:
+        """``local_batch`` need not be whole: half of a sequence is half a sample."""
         small, large = self.tallies_of(class_index, strategy)
         at = _Line(local_batch)
+        saved_bytes = int(at(small.saved_bytes, large.saved_bytes))
+        input_bytes = int(at(small.input_bytes, large.input_bytes))
+        product_bytes = int(at(small.product_bytes, large.product_bytes))
         return Estimate(
-            saved_bytes=int(at(small.saved_bytes, large.saved_bytes)),
+            saved_bytes=saved_bytes,
             peak_bytes=int(at(small.peak_bytes, large.peak_bytes)),
-            input_bytes=int(at(small.input_bytes, large.input_bytes)),
+            input_bytes=input_bytes,
+            selective_bytes=min(saved_bytes, input_bytes + product_bytes),
         )
 
-    def computation(self, class_index: int, strategy: Strategy, local_batch: int) -> LayerTiming:
+    def computation(self, class_index: int, strategy: Strategy, local_batch: float) -> LayerTiming:
         """Forward and backward from FLOPs and bytes. ProfileError for a dtype without a rate."""
         small, large = self.tallies_of(class_index, strategy)
         at = _Line(local_batch)
@@ -62,6 +69,26 @@ class Estimator:
             self._time_ms(small.forward, large.forward, at),
             self._time_ms(small.backward, large.backward, at),
         )
+
+    def part(
+        self, class_index: int, strategy: Strategy, local_batch: float, kind: str
+    ) -> LayerTiming:
+        """As :meth:`computation`, of operators of one kind ("matmul", "attention", "memory")."""
+        small, large = self.tallies_of(class_index, strategy)
+        at = _Line(local_batch)
+
+        def only(counts: Sequence[OperatorCount]) -> list[OperatorCount]:
+            return [count for count in counts if count.kind == kind]
+
+        return LayerTiming(
+            self._time_ms(only(small.forward), only(large.forward), at),
+            self._time_ms(only(small.backward), only(large.backward), at),
+        )
+
+    def flops_per_sample(self, class_index: int, strategy: Strategy) -> float:
+        """Of the forward pass on one rank, matrix products and attention."""
+        _, large = self.tallies_of(class_index, strategy)
+        return sum(count.flops for count in large.forward) / LARGE
 
     def tallies_of(self, class_index: int, strategy: Strategy) -> tuple[Tally, Tally]:
         """What the class does in the strategy's form at the two counted batch sizes."""
@@ -115,7 +142,7 @@ class Estimator:
 class _Line:
     """The straight line through the values at the two counted batch sizes."""
 
-    size: int
+    size: float
 
     def __call__(self, small: float, large: float) -> float:
         return max(0.0, small + (large - small) * (self.size - SMALL) / (LARGE - SMALL))

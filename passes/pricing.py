@@ -6,7 +6,7 @@ One source of truth: the searcher minimises, and reports and given plans quote, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from galvatron_compile.costs import CostTable, LayerCost
@@ -19,37 +19,64 @@ NS_PER_MS = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class LayerTime:
-    """What one layer adds to a whole optimizer step, by what the rank waits for."""
+    """What one layer takes, by what the rank waits for."""
 
     compute_ms: float
     tensor_comm_ms: float
+    context_comm_ms: float
+    expert_comm_ms: float
     data_comm_ms: float
     optimizer_ms: float
 
     @property
     def step_ms(self) -> float:
-        return self.compute_ms + self.tensor_comm_ms + self.data_comm_ms + self.optimizer_ms
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def micro_time(cost: LayerCost, overlap_slowdown: float) -> LayerTime:
+    """Time of a layer in one micro-batch, what every micro-batch repeats.
+
+    Computation and the collectives inside the layer run one after the other. ZeRO-3's gathers,
+    started one layer ahead, run beside forward and backward, and so do the gradient reductions of
+    ZeRO-2/3: communication x beside computation c takes max(x, c) + (o - 1) · min(x, c) with
+    slowdown o (Galvatron, arXiv 2211.13878, section 4.2).
+    """
+    backward = cost.backward_gather_ms + cost.micro_reduce_ms
+    return LayerTime(
+        compute_ms=cost.forward_ms + cost.backward_ms,
+        tensor_comm_ms=cost.forward_comm_ms + cost.backward_comm_ms,
+        context_comm_ms=cost.context_ms,
+        expert_comm_ms=cost.expert_ms,
+        data_comm_ms=(
+            exposed_ms(cost.forward_gather_ms, cost.forward_ms, overlap_slowdown)
+            + exposed_ms(backward, cost.backward_ms, overlap_slowdown)
+        ),
+        optimizer_ms=0.0,
+    )
+
+
+def once_time(cost: LayerCost, overlap_slowdown: float) -> LayerTime:
+    """Time of a layer once a step: the gradient reduction of ZeRO-0/1 beside the last backward,
+    the gather of updated parameters, the optimizer."""
+    every = cost.backward_gather_ms + cost.micro_reduce_ms
+    last = exposed_ms(every + cost.step_reduce_ms, cost.backward_ms, overlap_slowdown)
+    reduction = last - exposed_ms(every, cost.backward_ms, overlap_slowdown)
+    return LayerTime(0.0, 0.0, 0.0, 0.0, reduction + cost.step_gather_ms, cost.optimizer_ms)
 
 
 def layer_time(cost: LayerCost, num_micro_batches: int, overlap_slowdown: float) -> LayerTime:
-    """Time of a layer in a step of ``num_micro_batches``.
+    """Time of a layer in a step of ``num_micro_batches``, see :func:`micro_time`."""
+    micro, once = micro_time(cost, overlap_slowdown), once_time(cost, overlap_slowdown)
+    values = {
+        field.name: num_micro_batches * getattr(micro, field.name) + getattr(once, field.name)
+        for field in fields(LayerTime)
+    }
+    return LayerTime(**values)
 
-    Forwards, tensor-parallel collectives and parameter gathers run one after the other. Gradient
-    reduction runs beside backward: both together take max(x, b) + (o - 1) · min(x, b) for
-    reduction x, backward b and slowdown o (Galvatron, arXiv 2211.13878, overlap of computation and
-    communication). ZeRO-2/3 reduce in every micro-batch, the others in the last one only.
-    """
-    m, backward = num_micro_batches, cost.backward_ms
-    micro = overlapped_ms(cost.micro_reduce_ms, backward, overlap_slowdown)
-    last = overlapped_ms(cost.micro_reduce_ms + cost.step_reduce_ms, backward, overlap_slowdown)
-    exposed = (m - 1) * micro + last - m * backward
-    gathers = m * (cost.forward_gather_ms + cost.backward_gather_ms) + cost.step_gather_ms
-    return LayerTime(
-        compute_ms=m * (cost.forward_ms + backward),
-        tensor_comm_ms=m * (cost.forward_comm_ms + cost.backward_comm_ms),
-        data_comm_ms=gathers + exposed,
-        optimizer_ms=cost.optimizer_ms,
-    )
+
+def exposed_ms(communication_ms: float, compute_ms: float, overlap_slowdown: float) -> float:
+    """By how much communication beside computation lengthens it."""
+    return overlapped_ms(communication_ms, compute_ms, overlap_slowdown) - compute_ms
 
 
 def overlapped_ms(communication_ms: float, compute_ms: float, overlap_slowdown: float) -> float:
@@ -123,6 +150,8 @@ def price(table: CostTable, plan: Plan) -> Mapping[str, Any]:
         "memory_bytes": sum(map(resident_bytes, costs)) + transient,
         "compute_ms": sum(time.compute_ms for time in times),
         "tensor_comm_ms": sum(time.tensor_comm_ms for time in times),
+        "context_comm_ms": sum(time.context_comm_ms for time in times),
+        "expert_comm_ms": sum(time.expert_comm_ms for time in times),
         "data_comm_ms": sum(time.data_comm_ms for time in times),
         "optimizer_ms": sum(time.optimizer_ms for time in times),
         "resharding_ms": sum(resharding_ns) / NS_PER_MS,

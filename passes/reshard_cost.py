@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +10,6 @@ import torch
 from galvatron_compile.cluster import ClusterProfile
 from galvatron_compile.collectives import conversion
 from galvatron_compile.graph import LayeredGraph
-from galvatron_compile.mesh import merge_ranks, tensor_ranks
 from galvatron_compile.passes.arguments import concrete_shape, placeholders
 from galvatron_compile.passes.reshard import Layout, Step, steps
 from galvatron_compile.passes.sharding.table import ShardingTable
@@ -18,7 +17,7 @@ from galvatron_compile.placement import Placement, R
 from galvatron_compile.strategy import Strategy
 
 if TYPE_CHECKING:
-    from galvatron_compile.passes.annotate import Workload
+    from galvatron_compile.passes.layer_costs import Workload
 
 
 def resharding_ms(
@@ -34,82 +33,94 @@ def resharding_ms(
     layer i had: exact where layouts change once on its way, an overestimate elsewhere.
     """
     priced: dict[tuple[int, Strategy, Strategy, int], float] = {}
-    known: dict[tuple[object, ...], float] = {}
+    switches = Switches(layered, shardings, cluster)
     for cut in range(len(layered.layers) - 1):
         before, after = layered.layers[cut], layered.layers[cut + 1]
         for source in strategies:
             for target in strategies:
-                same = (source.tp, source.sequence_parallel)
-                if same == (target.tp, target.sequence_parallel):
-                    continue
                 forms = (before.class_index, source), (after.class_index, target)
-                if any(shardings.why_not(*form) is not None for form in forms):
+                if _is_same(source, target) or any(shardings.why_not(*f) for f in forms):
                     continue
                 for count in workload.micro_batch_counts:
                     batch = workload.global_batch_size // count
-                    key = (
-                        before.class_index, after.class_index, *same,
-                        target.tp, target.sequence_parallel, batch,
-                    )
-                    if key not in known:
-                        known[key] = _cut_ms(
-                            layered, shardings, cluster, cut, source, target, batch, workload
-                        )
-                    if known[key] > 0:
-                        priced[cut, source, target, count] = known[key]
+                    time_ms = switches.ms(cut, source, target, batch, workload.world_size)
+                    if time_ms > 0:
+                        priced[cut, source, target, count] = time_ms
     return priced
 
 
-def _cut_ms(
-    layered: LayeredGraph,
-    shardings: ShardingTable,
-    cluster: ClusterProfile,
-    cut: int,
-    source: Strategy,
-    target: Strategy,
-    batch: int,
-    workload: Workload,
-) -> float:
-    """Micro-batch of ``batch`` samples over all ranks crossing from one layer to the next."""
-    before, after = layered.layers[cut], layered.layers[cut + 1]
-    made = dict(
-        zip(before.outputs, shardings.get(before.class_index, source).outputs, strict=True)
-    )
-    wanted = shardings.get(after.class_index, target).inputs
-    after_class = layered.layer_class(after)
-    total_ms = 0.0
-    for name, node, tensor, data in zip(
-        after.inputs, placeholders(after_class.graph), wanted, after_class.data_inputs,
-        strict=False,
-    ):
-        value = node.meta.get("val")
-        if not isinstance(value, torch.Tensor) or name in layered.graph.inputs.names:
-            continue
-        shape = concrete_shape(value, layered.graph.batch_symbol, batch)
-        whole = torch.Size(shape).numel() * value.dtype.itemsize
-        differentiable = value.dtype.is_floating_point
-        layouts = Layout(source.tp, made.get(name, R), data), Layout(target.tp, tensor, data)
-        for step in steps(*layouts):
-            total_ms += _step_ms(step, whole, data, cluster, workload.world_size, differentiable)
-    return total_ms
+def _is_same(source: Strategy, target: Strategy) -> bool:
+    return layout_of(source) == layout_of(target)
 
 
-def _step_ms(
-    step: Step,
-    whole_bytes: int,
-    data: Placement,
-    cluster: ClusterProfile,
-    world_size: int,
-    differentiable: bool,
-) -> float:
-    """``whole_bytes``: the value over all ranks; a rank's block of the batch is 1/dp of it."""
-    small, large = step.axis
-    within = small == large
-    axis = tensor_ranks(world_size, small) if within else merge_ranks(world_size, small, large)
-    block = whole_bytes // (world_size // large) if data.is_shard else whole_bytes
-    found = conversion(step.source, step.target)
-    if found is None or len(axis[0]) == 1:
-        return 0.0
-    kinds = [found.forward, *([found.backward] if differentiable else [])]
-    moving = [kind for kind in kinds if kind not in ("none", "local")]
-    return sum(cluster.collective_ms(kind, block, axis[0]) for kind in moving)
+def layout_of(strategy: Strategy) -> tuple[int, bool, int, int]:
+    """What decides where the parts of an activation lie, given the ranks of a stage."""
+    return *strategy.form, strategy.ulysses, strategy.cp
+
+
+class Switches:
+    """Time of crossing from one layer to the next, forward + backward, one micro-batch."""
+
+    def __init__(
+        self, layered: LayeredGraph, shardings: ShardingTable, cluster: ClusterProfile
+    ) -> None:
+        self.layered, self.shardings, self.cluster = layered, shardings, cluster
+        self._known: dict[Hashable, float] = {}
+
+    def ms(
+        self, cut: int, source: Strategy, target: Strategy, batch: int, world_size: int
+    ) -> float:
+        """``batch`` samples over the ``world_size`` ranks of a stage, after layer ``cut``."""
+        if _is_same(source, target):
+            return 0.0
+        classes = [self.layered.layers[i].class_index for i in (cut, cut + 1)]
+        key = (*classes, layout_of(source), layout_of(target), batch, world_size)
+        if key not in self._known:
+            self._known[key] = self._ms(cut, source, target, batch, world_size)
+        return self._known[key]
+
+    def _ms(
+        self, cut: int, source: Strategy, target: Strategy, batch: int, world_size: int
+    ) -> float:
+        before, after = self.layered.layers[cut], self.layered.layers[cut + 1]
+        placed = self.shardings.get(before.class_index, source).outputs
+        made = dict(zip(before.outputs, placed, strict=True))
+        wanted = self.shardings.get(after.class_index, target).inputs
+        after_class = self.layered.layer_class(after)
+        pieces = [s.ulysses * s.cp for s in (source, target)]
+        total_ms = 0.0
+        for name, node, tensor, data in zip(
+            after.inputs, placeholders(after_class.graph), wanted, after_class.data_inputs,
+            strict=False,
+        ):  # fmt: skip
+            value = node.meta.get("val")
+            if not isinstance(value, torch.Tensor) or name in self.layered.graph.inputs.names:
+                continue
+            shape = concrete_shape(value, self.layered.graph.batch_symbol, batch)
+            whole = torch.Size(shape).numel() * value.dtype.itemsize
+            directions = 1 + value.dtype.is_floating_point
+            layouts = Layout(source.tp, made.get(name, R), data), Layout(target.tp, tensor, data)
+            for step in steps(*layouts):
+                total_ms += self._step_ms(step, whole, data, world_size, directions == 2)
+            if pieces[0] != pieces[1] and data.is_shard:
+                # Parts of a sequence become whole samples or the other way: an exchange among the
+                # data ranks, of what each holds.
+                ranks = max(source.data_ranks, target.data_ranks)
+                share = whole / min(source.data_ranks, target.data_ranks)
+                stride = min(source.tp, target.tp)
+                total_ms += directions * self.cluster.group_ms("all_to_all", share, ranks, stride)
+        return total_ms
+
+    def _step_ms(
+        self, step: Step, whole_bytes: int, data: Placement, world_size: int, is_float: bool
+    ) -> float:
+        """``whole_bytes``: the value over all ranks; a rank's block of the batch is 1/dp of it."""
+        small, large = step.axis
+        size, stride = (small, 1) if small == large else (large // small, small)
+        block = whole_bytes // (world_size // large) if data.is_shard else whole_bytes
+        found = conversion(step.source, step.target)
+        if found is None or size == 1:
+            return 0.0
+        kinds = [found.forward, *([found.backward] if is_float else [])]
+        moving = [kind for kind in kinds if kind not in ("none", "local")]
+        return sum(self.cluster.group_ms(kind, block, size, stride) for kind in moving)

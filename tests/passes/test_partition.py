@@ -204,8 +204,9 @@ def test_a_step_of_a_layer_adds_up_as_documented() -> None:
         **{"forward_gather_ms": 0.1, "backward_gather_ms": 0.2, "step_gather_ms": 0.7},
         **{"micro_reduce_ms": 1, "step_reduce_ms": 6, "optimizer_ms": 0.3},
     )
-    # Two backwards beside 1 ms of reduction: 4 + 0.1 · 1; the last beside 7 ms: 7 + 0.1 · 4.
-    expected = 3 * (2 + 0.5 + 0.25 + 0.1 + 0.2) + 2 * 4.1 + 7.4 + 0.7 + 0.3
+    # Forward beside its gather: 2 + 0.1 · 0.1. Two backwards beside 1.2 ms of gather and reduction:
+    # 4 + 0.1 · 1.2; the last beside 7.2 ms: 7.2 + 0.1 · 4.
+    expected = 3 * (2.01 + 0.5 + 0.25) + 2 * 4.12 + 7.6 + 0.7 + 0.3
     assert layer_step_ms(layer, 3, 1.1) == pytest.approx(expected)
 
 

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from galvatron_compile.errors import ShapeError
-from galvatron_compile.passes.strategies import RULES, enumerate_strategies
+from galvatron_compile.passes.strategies import (
+    RULES,
+    Limits,
+    enumerate_strategies,
+    enumerate_within,
+)
 
 
 def test_all_strategies_of_two_ranks() -> None:
@@ -44,3 +51,23 @@ def test_a_batch_that_no_degree_divides_is_refused_with_the_remedy() -> None:
 def test_every_rule_says_why() -> None:
     assert len({rule.name for rule in RULES}) == len(RULES)
     assert all(len(rule.reason) > 20 for rule in RULES)
+
+
+def test_sequences_are_divided_only_when_samples_run_out() -> None:
+    limits = Limits(8, 8, 2, max_tp=1, max_ulysses=8, max_cp=8, zero_stages=(0,))
+    names = {str(s) for s in enumerate_within(replace(limits, recompute=("none",)))}
+    assert names == {"ulysses2.dp4", "cp2.dp4", "ulysses4.dp2", "ulysses2.cp2.dp2", "cp4.dp2"} | {
+        "ulysses8", "ulysses4.cp2", "ulysses2.cp4", "cp8"
+    }  # fmt: skip
+    whole = enumerate_within(replace(limits, num_micro_batches=1))
+    assert all(strategy.ulysses == strategy.cp == 1 for strategy in whole)
+
+
+def test_experts_and_heads() -> None:
+    limits = Limits(4, max_ulysses=4, experts=(8,), zero_stages=(1,), recompute=("selective",))
+    names = {str(s) for s in enumerate_within(limits)}
+    assert {"ep4.dp4.zero1.selective", "tp2.ep2.dp2.zero1.selective"} <= names
+    assert not any("tp2.ulysses2" in name for name in names)
+    mixed = enumerate_within(replace(limits, mix_heads=True))
+    assert any("tp2.ulysses2" in str(strategy) for strategy in mixed)
+    assert all(strategy.ep in (1, 2, 4) for strategy in mixed)
