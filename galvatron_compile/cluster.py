@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from galvatron_compile.curves import CollectiveCurve, RateCurve, between_sizes
@@ -189,8 +190,15 @@ class ClusterProfile:
             moving_ms = max(moving_ms, between_sizes(inside, here, payload_bytes) - inside_ms)
         return latency_ms + moving_ms
 
-    def _curves(self, kind: str, tier: str) -> list[CollectiveCurve]:
-        curves = [c for c in self.collectives if (c.kind, c.tier) == (kind, tier)]
+    @cached_property
+    def _by_kind(self) -> dict[tuple[str, str], tuple[CollectiveCurve, ...]]:
+        """Curves of a kind and tier by ascending group size."""
+        ordered = sorted(self.collectives, key=lambda curve: curve.num_ranks)
+        keys = {(c.kind, c.tier) for c in ordered}
+        return {key: tuple(c for c in ordered if (c.kind, c.tier) == key) for key in keys}
+
+    def _curves(self, kind: str, tier: str) -> tuple[CollectiveCurve, ...]:
+        curves = self._by_kind.get((kind, tier), ())
         if not curves:
             known = sorted({c.kind for c in self.collectives if c.tier == tier})
             where = "inside a node" if tier == "node" else "across nodes"

@@ -6,6 +6,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 from galvatron_compile.errors import ProfileError
@@ -98,9 +99,14 @@ class CollectiveCurve:
         payload_bytes, ms = self.points[-1]
         return 1e3 * payload_bytes / ms
 
-    def ms(self, payload_bytes: float) -> float:
+    @cached_property
+    def _line(self) -> tuple[Points, list[float]]:
         line = ((0.0, self.latency_ms), *self.points)
-        i = min(max(bisect_left([x for x, _ in line], payload_bytes), 1), len(line) - 1)
+        return line, [x for x, _ in line]
+
+    def ms(self, payload_bytes: float) -> float:
+        line, sizes = self._line
+        i = min(max(bisect_left(sizes, payload_bytes), 1), len(line) - 1)
         (x0, y0), (x1, y1) = line[i - 1], line[i]
         if payload_bytes > x1:  # noise may make the last piece fall: never below its bandwidth
             slope = max((y1 - y0) / (x1 - x0), 0.5 * y1 / x1)
@@ -121,21 +127,24 @@ def bus_factor(kind: str, num_ranks: int) -> float:
 
 
 def between_sizes(curves: Sequence[CollectiveCurve], num_ranks: int, payload_bytes: float) -> float:
-    """ms for a group size that may not have been measured; ``curves`` share kind and tier.
+    """ms for a group size that may not have been measured.
+
+    ``curves`` share kind and tier and ascend in size.
 
     Between two measured sizes times are linear in log(size). Outside, latency grows with
     log2(size) (tree) and the rest with the bytes that cross a link.
     """
-    ordered = sorted(curves, key=lambda curve: curve.num_ranks)
-    sizes = [curve.num_ranks for curve in ordered]
-    i = bisect_left(sizes, num_ranks)
-    if i < len(sizes) and sizes[i] == num_ranks:
-        return ordered[i].ms(payload_bytes)
-    if 0 < i < len(sizes):
-        share = math.log(num_ranks / sizes[i - 1]) / math.log(sizes[i] / sizes[i - 1])
-        low, high = ordered[i - 1].ms(payload_bytes), ordered[i].ms(payload_bytes)
+    i = 0
+    while i < len(curves) and curves[i].num_ranks < num_ranks:
+        i += 1
+    if i < len(curves) and curves[i].num_ranks == num_ranks:
+        return curves[i].ms(payload_bytes)
+    if 0 < i < len(curves):
+        small, large = curves[i - 1].num_ranks, curves[i].num_ranks
+        share = math.log(num_ranks / small) / math.log(large / small)
+        low, high = curves[i - 1].ms(payload_bytes), curves[i].ms(payload_bytes)
         return low + share * (high - low)
-    nearest = ordered[0] if i == 0 else ordered[-1]
+    nearest = curves[0] if i == 0 else curves[-1]
     latency_ms, total_ms = nearest.latency_ms, nearest.ms(payload_bytes)
     steps = math.log2(num_ranks) / math.log2(nearest.num_ranks)
     volume = bus_factor(nearest.kind, num_ranks) / bus_factor(nearest.kind, nearest.num_ranks)

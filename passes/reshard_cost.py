@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -58,6 +59,34 @@ def layout_of(strategy: Strategy) -> tuple[int, bool, int, int]:
     return *strategy.form, strategy.ulysses, strategy.cp
 
 
+@dataclass(frozen=True)
+class _Crossing:
+    """A value that a layer takes: its place among the inputs, and its size by the batch's."""
+
+    place: int
+    name: str
+    bytes_per_sample: float
+    constant_bytes: float
+    is_float: bool
+    data: Placement
+
+    @staticmethod
+    def of(
+        place: int, name: str, value: torch.Tensor, data: Placement, symbol: object
+    ) -> _Crossing:
+        small, large = (
+            torch.Size(concrete_shape(value, symbol, size)).numel() * value.dtype.itemsize
+            for size in (2, 4)
+        )
+        slope = (large - small) / 2
+        return _Crossing(
+            place, name, slope, small - 2 * slope, value.dtype.is_floating_point, data
+        )
+
+    def bytes(self, batch: int) -> float:
+        return self.bytes_per_sample * batch + self.constant_bytes
+
+
 class Switches:
     """Time of crossing from one layer to the next, forward + backward, one micro-batch."""
 
@@ -66,6 +95,7 @@ class Switches:
     ) -> None:
         self.layered, self.shardings, self.cluster = layered, shardings, cluster
         self._known: dict[Hashable, float] = {}
+        self._crossed: dict[tuple[int, int], tuple[_Crossing, ...]] = {}
 
     def ms(
         self, cut: int, source: Strategy, target: Strategy, batch: int, world_size: int
@@ -86,30 +116,43 @@ class Switches:
         placed = self.shardings.get(before.class_index, source).outputs
         made = dict(zip(before.outputs, placed, strict=True))
         wanted = self.shardings.get(after.class_index, target).inputs
-        after_class = self.layered.layer_class(after)
         pieces = [s.ulysses * s.cp for s in (source, target)]
         total_ms = 0.0
-        for name, node, tensor, data in zip(
-            after.inputs, placeholders(after_class.graph), wanted, after_class.data_inputs,
-            strict=False,
-        ):  # fmt: skip
-            value = node.meta.get("val")
-            if not isinstance(value, torch.Tensor) or name in self.layered.graph.inputs.names:
-                continue
-            shape = concrete_shape(value, self.layered.graph.batch_symbol, batch)
-            whole = torch.Size(shape).numel() * value.dtype.itemsize
-            directions = 1 + value.dtype.is_floating_point
-            layouts = Layout(source.tp, made.get(name, R), data), Layout(target.tp, tensor, data)
+        for crossing in self._crossings(cut):
+            whole, data = int(crossing.bytes(batch)), crossing.data
+            tensor = wanted[crossing.place]
+            layouts = Layout(source.tp, made.get(crossing.name, R), data), Layout(
+                target.tp, tensor, data
+            )
             for step in steps(*layouts):
-                total_ms += self._step_ms(step, whole, data, world_size, directions == 2)
+                total_ms += self._step_ms(step, whole, data, world_size, crossing.is_float)
             if pieces[0] != pieces[1] and data.is_shard:
                 # Parts of a sequence become whole samples or the other way: an exchange among the
                 # data ranks, of what each holds.
                 ranks = max(source.data_ranks, target.data_ranks)
                 share = whole / min(source.data_ranks, target.data_ranks)
-                stride = min(source.tp, target.tp)
-                total_ms += directions * self.cluster.group_ms("all_to_all", share, ranks, stride)
+                exchange_ms = self.cluster.group_ms(
+                    "all_to_all", share, ranks, min(source.tp, target.tp)
+                )
+                total_ms += (1 + crossing.is_float) * exchange_ms
         return total_ms
+
+    def _crossings(self, cut: int) -> tuple[_Crossing, ...]:
+        """What layer ``cut + 1`` takes from layers in front of it."""
+        layers = self.layered.layers
+        pair = layers[cut].class_index, layers[cut + 1].class_index
+        if pair not in self._crossed:
+            after = layers[cut + 1]
+            found = self.layered.layer_class(after)
+            self._crossed[pair] = tuple(
+                _Crossing.of(place, name, node.meta["val"], data, self.layered.graph.batch_symbol)
+                for place, (name, node, data) in enumerate(
+                    zip(after.inputs, placeholders(found.graph), found.data_inputs, strict=False)
+                )
+                if isinstance(node.meta.get("val"), torch.Tensor)
+                and name not in self.layered.graph.inputs.names
+            )
+        return self._crossed[pair]
 
     def _step_ms(
         self, step: Step, whole_bytes: int, data: Placement, world_size: int, is_float: bool
