@@ -61,6 +61,10 @@ class GroupPrediction:
     parts: Mapping[str, float]
     memory_bytes: float | None
 
+    @property
+    def total_bytes(self) -> float:
+        return self.memory_bytes if self.memory_bytes is not None else sum(self.parts.values())
+
 
 @dataclass(frozen=True)
 class Rival:

@@ -58,6 +58,17 @@ def decimals(values: Iterable[float]) -> int:
     return 0 if greatest >= 1_000 else 1 if greatest >= 100 else 2 if greatest >= 1 else 3
 
 
+def spans(indices: Iterable[int]) -> str:
+    """``(0, 1, 2, 8, 9)`` as ``0–2, 8–9``."""
+    found: list[list[int]] = []
+    for index in indices:
+        if found and found[-1][1] == index - 1:
+            found[-1][1] = index
+        else:
+            found.append([index, index])
+    return ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in found)
+
+
 def _digits(value: float) -> str:
     size = abs(value)
     places = 0 if size >= 99.95 else 1 if size >= 9.995 else 2

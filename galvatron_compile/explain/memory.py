@@ -6,7 +6,7 @@ from galvatron_compile.explain import svg
 from galvatron_compile.explain.parts import Column, Grid, Key, Section, numbers
 from galvatron_compile.plan import Plan
 from galvatron_compile.prediction import MEMORY_PARTS, GroupPrediction, Prediction, stage_noun
-from galvatron_compile.quantities import GIB, percent, size
+from galvatron_compile.quantities import GIB, percent, size, spans
 
 TITLE = "Memory of a rank"
 COLOURS = {key: f"memory-{key.removesuffix('_bytes')}" for key in MEMORY_PARTS}
@@ -31,12 +31,8 @@ def section(plan: Plan, prediction: Prediction) -> Section:
     )
 
 
-def total_bytes(group: GroupPrediction) -> float:
-    return group.memory_bytes if group.memory_bytes is not None else sum(group.parts.values())
-
-
 def _lead(plan: Plan, prediction: Prediction) -> str:
-    totals = [total_bytes(group) for group in prediction.groups]
+    totals = [group.total_bytes for group in prediction.groups]
     greatest = max(totals)
     index, noun = totals.index(greatest), stage_noun(plan)
     largest = max(prediction.groups[index].parts.items(), key=lambda item: item[1])
@@ -52,7 +48,7 @@ def _lead(plan: Plan, prediction: Prediction) -> str:
 
 def _figure(plan: Plan, prediction: Prediction) -> str:
     groups, limit = prediction.groups, prediction.memory_limit_bytes
-    stacked = [max(total_bytes(group), sum(group.parts.values())) for group in groups]
+    stacked = [max(group.total_bytes, sum(group.parts.values())) for group in groups]
     greatest = max([*stacked, limit or 0.0])
     step = 30.0 if len(groups) <= 8 else 20.0 if len(groups) <= 24 else 13.0
     bar = step * 0.74
@@ -72,8 +68,8 @@ def _figure(plan: Plan, prediction: Prediction) -> str:
                 tip = f"{label}, {MEMORY_PARTS[key]}: {size(group.parts[key])}"
                 parts.append(svg.rect(x, y, max(width - 0.7, 0.4), bar, colour, tip))
                 x += width
-        shown = size(total_bytes(group))
-        shown += f" · {percent(total_bytes(group) / limit)}" if limit else ""
+        shown = size(group.total_bytes)
+        shown += f" · {percent(group.total_bytes / limit)}" if limit else ""
         parts.append(svg.text(svg.WIDTH, middle, shown, f"value{small}", "end"))
     if limit:
         x = _LEFT + limit * scale
@@ -92,13 +88,13 @@ def _tick(gib: float, scale: float, top: float, bottom: float) -> str:
 
 def _table(plan: Plan, groups: tuple[GroupPrediction, ...], present: list[str]) -> Grid:
     columns = [numbers([group.parts.get(key) for group in groups], GIB) for key in present]
-    columns.append(numbers([total_bytes(group) for group in groups], GIB))
+    columns.append(numbers([group.total_bytes for group in groups], GIB))
     heads = [f"{MEMORY_PARTS[key]} GiB" for key in present]
     heads += ["total GiB"]
     if any(group.in_flight for group in groups):
         heads.insert(0, "micro-batches in flight")
         columns.insert(0, [" + ".join(map(str, group.in_flight)) or "–" for group in groups])
-    columns.insert(0, [_spans(plan.group_layers(index)) for index in range(len(groups))])
+    columns.insert(0, [spans(plan.group_layers(index)) for index in range(len(groups))])
     start = [Column("layers")]
     if plan.pp > 1:
         start.insert(0, Column(stage_noun(plan), "number"))
@@ -109,14 +105,3 @@ def _table(plan: Plan, groups: tuple[GroupPrediction, ...], present: list[str]) 
         tuple(zip(*columns, strict=True)),
         folded=folded if len(groups) > _LONG_TABLE else "",
     )
-
-
-def _spans(indices: tuple[int, ...]) -> str:
-    """``(0, 1, 2, 8, 9)`` as ``0–2, 8–9``."""
-    spans: list[list[int]] = []
-    for index in indices:
-        if spans and spans[-1][1] == index - 1:
-            spans[-1][1] = index
-        else:
-            spans.append([index, index])
-    return ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in spans)

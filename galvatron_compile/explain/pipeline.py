@@ -150,6 +150,8 @@ def _colour(span: Span) -> str:
 
 
 def _separate(timeline: Timeline, window: Window, step: float, box: float) -> list[str]:
+    last = max(span.micro_batch for row in timeline.rows for span in row)
+    room = len(str(last)) * _DIGIT  # all boxes of a kind have numbers, or none
     parts = []
     for group, row in enumerate(timeline.rows):
         y = _TOP + step * group + (step - box) / 2
@@ -161,7 +163,7 @@ def _separate(timeline: Timeline, window: Window, step: float, box: float) -> li
                 svg.rect(left, y, width, box, _colour(span), f"{KINDS[span.kind]}{what}: {when}")
             )
             label = str(span.micro_batch)
-            if span.kind != "S" and box >= 12 and len(label) * _DIGIT + 1 <= width:
+            if span.kind != "S" and box >= 12 and room <= width:
                 parts.append(
                     svg.text(left + width / 2, y + box / 2, label, f"on-{_colour(span)}", "middle")
                 )

@@ -67,14 +67,15 @@ def fits(content: str, width: float) -> bool:
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers (1, 2 or 5 times a power of ten apart) from ``low`` to ``high``."""
+    """About so many round numbers (1, 2 or 5 times a power of ten apart) between two."""
     if high <= low:
         return [low]
-    rough = (high - low) / about
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [index * step for index in range(first, last + 1)]
+    power = 10.0 ** math.floor(math.log10((high - low) / about))
+    found = []
+    for step in (power, 2 * power, 5 * power, 10 * power):
+        first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+        found.append([index * step for index in range(first, last + 1)])
+    return min(found, key=lambda places: abs(len(places) - about))
 
 
 def _titled(opening: str, name: str, tip: str) -> str:
