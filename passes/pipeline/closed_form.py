@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -70,9 +71,7 @@ def even_boundaries(num_layers: int, num_stages: int) -> tuple[int, ...]:
 
 def chunk_flights(family: Family, group: int) -> tuple[int, ...]:
     """Micro-batches that every chunk of ``group`` holds at its peak."""
-    return in_flight(
-        family.schedule, family.pp, family.num_micro_batches, family.virtual, group
-    )
+    return in_flight(family.schedule, family.pp, family.num_micro_batches, family.virtual, group)
 
 
 def evaluate(
@@ -86,7 +85,7 @@ def evaluate(
     family, costs, layers = problem.family, problem.costs, problem.layers
     m, num_stages = family.num_micro_batches, family.num_stages
     edges = list(boundaries)
-    rising = all(a < b for a, b in zip(edges, edges[1:], strict=False))
+    rising = all(a < b for a, b in pairwise(edges))
     if len(edges) != num_stages + 1 or edges[0] != 0 or edges[-1] != len(layers) or not rising:
         raise PlanError(
             f"boundaries must rise from 0 to {len(layers)} over {num_stages} stages, got {edges}"

@@ -110,9 +110,7 @@ def fill(
     if relaxed is None or (limit is not None and _least(relaxed.bound) >= limit):
         return None
     if relaxed.mixed < 0:
-        picks = tuple(
-            {int(menu.options[-1]): n} for menu, n in zip(menus, counts, strict=True)
-        )
+        picks = tuple({int(menu.options[-1]): n} for menu, n in zip(menus, counts, strict=True))
         return Filling(relaxed.time_ns, picks)
     return _Deviations(menus, counts, relaxed, limit).run()
 
@@ -276,9 +274,7 @@ class _Deviations:
         return result
 
     def answer(self) -> Filling:
-        positions = [
-            {base: n} for base, n in zip(self.base, self.counts, strict=True)
-        ]
+        positions = [{base: n} for base, n in zip(self.base, self.counts, strict=True)]
         moves = [(self.relaxed.mixed, self.partner)] * self.steps + self.deviations
         for j, position in moves:
             positions[j][self.base[j]] -= 1

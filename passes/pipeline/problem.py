@@ -15,8 +15,8 @@ from galvatron_compile.strategy import Strategy
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
-_LARGEST = 1 << 50
-"""Every cost is below this, so that sums over a model stay far inside 64 bits."""
+_LARGEST = 1 << 53
+"""Everything added up over a whole model stays below this, far inside 64 bits."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,21 @@ class PipelineProblem:
                 raise PlanError(f"tied layers {group} must lie in 0 to {num_layers - 1}")
         if self.capacity_bytes < 0:
             raise PlanError(f"capacity_bytes must not be negative, got {self.capacity_bytes}")
+        self._check_sums()
+
+    def _check_sums(self) -> None:
+        """Times and sizes of a whole step are representable, with room for the search's sums."""
+        costs, m = self.costs, self.family.num_micro_batches
+        sends = _largest(costs.forward_send_ns) + _largest(costs.backward_send_ns)
+        switch = max((_largest(matrix) for matrix in costs.switch_ns.values()), default=0)
+        time = m * (_largest(costs.micro_ns) + sends + switch) + _largest(costs.step_ns)
+        size = _largest(costs.state_bytes) + _largest(costs.transient_bytes)
+        size += m * _largest(costs.saved_bytes)
+        if max(time, size) * len(self.layers) >= _LARGEST:
+            raise PlanError(
+                f"costs are too large to add up over {len(self.layers)} layers and {m} "
+                "micro-batches; check their units (nanoseconds, bytes)"
+            )
 
 
 def _check_numbers(name: str, numbers: Ints, right_shape: bool) -> None:
@@ -141,3 +156,7 @@ def _check_numbers(name: str, numbers: Ints, right_shape: bool) -> None:
         raise PlanError(f"{name} has the wrong shape or is not int64; see StageCosts")
     if numbers.size and not (numbers.min() >= 0 and numbers.max() < _LARGEST):
         raise PlanError(f"{name} must lie between 0 and {_LARGEST}")
+
+
+def _largest(numbers: Ints) -> int:
+    return int(numbers.max(initial=0))

@@ -1,0 +1,347 @@
+"""The fastest options of one pipeline group, exactly.
+
+The peak of the transients is a threshold: allow options up to p and take p off the capacity. A
+node of the search holds a range of thresholds, allows up to the highest and takes off only the
+lowest, and splits where its answer breaks the limit. Within a node the patterns of layouts
+(:mod:`.patterns`) come by rising lower bound and each is a knapsack (:mod:`.knapsack`).
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+
+import numpy as np
+
+from galvatron_compile.passes.pipeline.knapsack import Menu, fill, relax
+from galvatron_compile.passes.pipeline.patterns import (
+    Content,
+    Floats,
+    Pattern,
+    Run,
+    Walk,
+    patterns,
+    switching_ns,
+)
+from galvatron_compile.passes.pipeline.problem import Ints
+from galvatron_compile.passes.pipeline.ranges import runs as equal_runs
+from galvatron_compile.passes.pipeline.tables import Tables
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One stage of a group: its layers, the micro-batches it holds, and which ends send."""
+
+    first: int
+    last: int
+    flight: int
+    sends_back: bool
+    sends_next: bool
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The answer for one group: options per layer of its pieces, in order."""
+
+    time_ns: int
+    options: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Costs:
+    """Options of one kind of layer: [options] each."""
+
+    options: Ints
+    time_ns: Ints
+    memory_bytes: Ints
+    transient_bytes: Ints
+    layout: Ints
+
+    def where(self, keep: Ints) -> _Costs:
+        return _Costs(
+            *(self.options[keep], self.time_ns[keep], self.memory_bytes[keep]),
+            *(self.transient_bytes[keep], self.layout[keep]),
+        )
+
+    def menu(self) -> Menu:
+        return Menu(self.options, self.time_ns, self.memory_bytes)
+
+
+_Key = tuple[int, int, bool, bool]  # class, in flight, sends back, sends next
+
+
+class StageSolver:
+    """Solves the stages of one family. Costs and menus are made once per kind of layer."""
+
+    def __init__(self, tables: Tables) -> None:
+        self.tables = tables
+        self.numbers: dict[_Key, int] = {}
+        self.costs: list[_Costs] = []
+        self.menus: dict[tuple[object, ...], Menu] = {}
+
+    def solve(self, pieces: Sequence[Piece], limit: int | None = None) -> Stage | None:
+        """The fastest options below ``limit`` nanoseconds; None if there are none that fit."""
+        return _Group(self, pieces).solve(limit)
+
+    def smallest(self, pieces: Sequence[Piece]) -> int | None:
+        """The least capacity that would do; None if a layer has no option."""
+        return _Group(self, pieces).smallest()
+
+    def menu_of(self, key: _Key) -> int:
+        """Number of this kind of layer among the solver's costs."""
+        if key in self.numbers:
+            return self.numbers[key]
+        tables, (kind, flight, back, following) = self.tables, key
+        options = np.flatnonzero(tables.allowed[kind])
+        time = tables.time_ns[kind, options]
+        if back:
+            time = time + tables.send_back_ns[kind, options]
+        if following:
+            time = time + tables.send_next_ns[kind, options]
+        memory = tables.state_bytes[kind, options] + flight * tables.saved_bytes[kind, options]
+        self.numbers[key] = len(self.costs)
+        self.costs.append(
+            _Costs(
+                *(options, time, memory),
+                *(tables.transient_bytes[kind, options], tables.layout[options]),
+            )
+        )
+        return self.numbers[key]
+
+    def menu(self, index: int, peak: int, layouts: Walk | None) -> Menu:
+        """Options of a kind of layer with a transient up to ``peak``, in some or all layouts."""
+        key = (index, peak, layouts)
+        if key not in self.menus:
+            costs = self.costs[index]
+            keep = costs.transient_bytes <= peak
+            if layouts is not None:
+                keep &= np.isin(costs.layout, layouts)
+            self.menus[key] = costs.where(np.flatnonzero(keep)).menu()
+        return self.menus[key]
+
+    def tied_menu(self, members: tuple[int, ...], peak: int, layout: int | None) -> Menu | None:
+        """Options that all tied layers can take; None if there is none."""
+        key = ("tie", members, peak, layout)
+        if key not in self.menus:
+            joint = self.joint(members)
+            keep = joint.transient_bytes <= peak
+            if layout is not None:
+                keep &= joint.layout == layout
+            if not keep.any():
+                return None
+            self.menus[key] = joint.where(np.flatnonzero(keep)).menu()
+        return self.menus[key]
+
+    def joint(self, members: tuple[int, ...]) -> _Costs:
+        """Costs of several layers that take one option together."""
+        shared = self.costs[members[0]].options
+        for index in members[1:]:
+            shared = np.intersect1d(shared, self.costs[index].options)
+        parts = []
+        for index in members:
+            costs = self.costs[index]
+            parts.append(costs.where(np.searchsorted(costs.options, shared)))
+        return replace(
+            parts[0],
+            time_ns=np.sum([part.time_ns for part in parts], axis=0),
+            memory_bytes=np.sum([part.memory_bytes for part in parts], axis=0),
+            transient_bytes=np.max([part.transient_bytes for part in parts], axis=0),
+        )
+
+
+class _Group:
+    """One group: its runs, and branch and bound over ranges of the transient peak."""
+
+    def __init__(self, solver: StageSolver, pieces: Sequence[Piece]) -> None:
+        self.solver, self.tables = solver, solver.tables
+        self.capacity = solver.tables.problem.capacity_bytes
+        self.offset_ns = 0  # sends that cost the same under every option
+        self.runs = [run for piece in pieces for run in self.piece_runs(piece)]
+        members: dict[int, list[int]] = {}
+        for run in self.runs:
+            if run.tie >= 0:
+                members.setdefault(run.tie, []).append(run.menu)
+        # A tie with a single layer in this group ties nothing.
+        self.members = {tie: tuple(menus) for tie, menus in members.items() if len(menus) > 1}
+        self.runs = [run if run.tie in self.members else replace(run, tie=-1) for run in self.runs]
+        parts = [solver.costs[run.menu] for run in self.runs if run.tie < 0]
+        parts += [solver.joint(menus) for menus in self.members.values()]
+        if any(not len(part.options) for part in parts):
+            self.thresholds: Ints = np.zeros(0, dtype=np.int64)
+        else:
+            lowest = max(int(part.transient_bytes.min()) for part in parts)
+            values = np.unique(np.concatenate([part.transient_bytes for part in parts]))
+            self.thresholds = values[values >= lowest]
+
+    def piece_runs(self, piece: Piece) -> Iterator[Run]:
+        """Runs of alike layers; an end whose send depends on the option is a run of its own."""
+        tables = self.tables
+        back = piece.sends_back and self.send_varies(tables.send_back_ns, piece.first)
+        following = piece.sends_next and self.send_varies(tables.send_next_ns, piece.last - 1)
+        marks = [
+            (kind, back and i == 0, following and i == piece.last - piece.first - 1)
+            for i, kind in enumerate(tables.kinds[piece.first : piece.last])
+        ]
+        found = equal_runs(marks)
+        for start, length in found:
+            first = piece.first + start
+            kind = int(tables.classes[first])
+            end = first + length
+            join = None
+            if end < piece.last:
+                join = tables.switch(kind, int(tables.classes[end]))
+            menu = self.solver.menu_of((kind, piece.flight, *marks[start][1:]))
+            tie = tables.tie_of.get(first, -1)
+            yield Run(menu, tie, first, length, tables.switch(kind, kind), join)
+
+    def send_varies(self, sends: Ints, layer: int) -> bool:
+        kind = self.tables.classes[layer]
+        values = sends[kind, self.tables.allowed[kind]]
+        if len(values) and (values == values[0]).all():
+            self.offset_ns += int(values[0])
+            return False
+        return True
+
+    def smallest(self) -> int | None:
+        solver, best = self.solver, None
+        for peak in self.thresholds.tolist():
+            needed = peak + sum(
+                run.length * int(solver.menu(run.menu, peak, None).memory_bytes[0])
+                for run in self.runs
+                if run.tie < 0
+            )
+            for members in self.members.values():
+                menu = solver.tied_menu(members, peak, None)
+                assert menu is not None
+                needed += int(menu.memory_bytes[0])
+            best = needed if best is None else min(best, needed)
+        return best
+
+    def solve(self, limit: int | None) -> Stage | None:
+        best: Stage | None = None
+        if limit is not None:
+            limit -= self.offset_ns
+        last = len(self.thresholds) - 1
+        nodes = [(0, 0, last)] if last >= 0 else []  # bound, range of thresholds
+        while nodes:
+            bound, low, high = heapq.heappop(nodes)
+            if limit is not None and bound >= limit:
+                break
+            peak = int(self.thresholds[high])
+            answer = self.relaxed(peak, self.capacity - int(self.thresholds[low]), limit)
+            if answer is None:
+                continue
+            at = int(np.searchsorted(self.thresholds, self.peak(answer)))
+            if at == low or self.memory(answer) + self.thresholds[at] <= self.capacity:
+                best, limit = answer, answer.time_ns
+                continue
+            heapq.heappush(nodes, (answer.time_ns, low, at - 1))
+            heapq.heappush(nodes, (answer.time_ns, at, high))
+        return best and replace(best, time_ns=best.time_ns + self.offset_ns)
+
+    def relaxed(self, peak: int, capacity: int, limit: int | None) -> Stage | None:
+        """The fastest below ``limit`` with transients up to ``peak`` within ``capacity``."""
+        menus = [self.solver.menu(run.menu, peak, None) for run in self.runs]
+        found = relax(menus, [run.length for run in self.runs], capacity)
+        if found is None:
+            return None
+        slack = 1e-12 * (abs(found.bound) + found.multiplier * 2.0**44)
+        best: Stage | None = None
+        for excess in self.excesses(peak, found.multiplier):
+            for pattern in patterns(self.runs, excess):
+                if limit is not None and found.bound + pattern.excess - slack > limit - 1:
+                    break
+                answer = self.fill(pattern, peak, capacity, limit)
+                if answer is not None:
+                    best, limit = answer, answer.time_ns
+        return best
+
+    def excesses(self, peak: int, multiplier: float) -> Iterator[list[Floats]]:
+        """[layouts] of every run, once for every choice of a layout by each tie."""
+        by_menu: dict[int, Floats] = {}
+        for index in {run.menu for run in self.runs}:
+            costs = self.solver.costs[index]
+            value = costs.time_ns + multiplier * costs.memory_bytes
+            value = np.where(costs.transient_bytes <= peak, value, np.inf)
+            least = np.full(self.tables.num_layouts, np.inf)
+            np.minimum.at(least, costs.layout, value)
+            by_menu[index] = least - least.min()
+        layouts = range(self.tables.num_layouts)
+        choices = [
+            [q for q in layouts if self.solver.tied_menu(members, peak, q) is not None]
+            for members in self.members.values()
+        ]
+        for chosen in product(*choices):
+            fixed = dict(zip(self.members, chosen, strict=True))
+            result = []
+            for run in self.runs:
+                excess = by_menu[run.menu]
+                if run.tie >= 0:
+                    only = np.arange(len(excess)) == fixed[run.tie]
+                    excess = np.where(only, excess, np.inf)
+                result.append(excess)
+            yield result
+
+    def fill(self, pattern: Pattern, peak: int, capacity: int, limit: int | None) -> Stage | None:
+        switching = switching_ns(self.runs, pattern.walks)
+        menus, counts = [], []
+        for (name, layouts), count in pattern.content:
+            if name[0] == "tie":
+                menu = self.solver.tied_menu(self.members[name[1]], peak, layouts[0])
+                assert menu is not None
+            else:
+                menu = self.solver.menu(name[1], peak, layouts)
+            menus.append(menu)
+            counts.append(count)
+        found = fill(menus, counts, capacity, None if limit is None else limit - switching)
+        if found is None:
+            return None
+        return Stage(found.time_ns + switching, self.spread(pattern, found.picks))
+
+    def spread(self, pattern: Pattern, picks: Sequence[dict[int, int]]) -> tuple[int, ...]:
+        """Options per layer: what the menus chose, alike options beside each other."""
+        pools = {
+            item: [option for option in sorted(chosen) for _ in range(chosen[option])]
+            for (item, _), chosen in zip(_items(pattern.content), picks, strict=True)
+        }
+        result: list[int] = []
+        for run, walk in zip(self.runs, pattern.walks, strict=True):
+            if run.tie >= 0:
+                result.append(pools[(("tie", run.tie), walk)][0])
+                continue
+            name = ("run", run.menu)
+            if len(walk) == 1:
+                pool = pools[(name, walk)]
+                result += [pool.pop() for _ in range(run.length)]
+                continue
+            free = run.length - len(walk)
+            pool = pools[(name, tuple(sorted(set(walk))))] if free else []
+            rest = [pool.pop() for _ in range(free)]
+            for layout in walk:
+                here = [pools[(name, (layout,))].pop()]
+                here += [option for option in rest if self.tables.layout[option] == layout]
+                rest = [option for option in rest if self.tables.layout[option] != layout]
+                result += sorted(here)
+        return tuple(result)
+
+    def memory(self, stage: Stage) -> int:
+        """Bytes without the transient peak."""
+        return sum(self.of_layers(stage, "memory_bytes"))
+
+    def peak(self, stage: Stage) -> int:
+        return max(self.of_layers(stage, "transient_bytes"))
+
+    def of_layers(self, stage: Stage, name: str) -> list[int]:
+        result: list[int] = []
+        for run in self.runs:
+            costs = self.solver.costs[run.menu]
+            options = stage.options[len(result) : len(result) + run.length]
+            at = np.searchsorted(costs.options, options)
+            result += getattr(costs, name)[at].tolist()
+        return result
+
+
+def _items(content: Content) -> Iterator[tuple[tuple[object, Walk], int]]:
+    yield from content
