@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import typer
 
+from galvatron_compile.commands.compare import compare
+from galvatron_compile.commands.explain import explain
+from galvatron_compile.commands.plan import plan
+from galvatron_compile.commands.price import price
 from galvatron_compile.commands.profile import profile
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-app.command()(profile)
+for command in (plan, price, explain, compare, profile):
+    app.command()(command)
 
 
 @app.callback()
