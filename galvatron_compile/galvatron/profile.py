@@ -36,7 +36,8 @@ class Line:
     offset: float
 
     def at(self, size: float) -> float:
-        return self.slope * size + self.offset
+        """Never below 0, where a fit through large sizes may lead."""
+        return max(0.0, self.slope * size + self.offset)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ _MEMORY = {
 }
 
 
-def describe(report: Mapping[str, Any]) -> str:
+def describe_plan(report: Mapping[str, Any]) -> str:
     """A plan's report: price, memory, alternatives."""
     parts = [describe_price(report)]
     if "alternatives" in report:
