@@ -100,10 +100,11 @@ class Cutter:
         for g, row in enumerate(self.row_of):
             after_low = max(low + 1, num_layers - later[g])
             after_high = min(high + reach[g], num_layers - (num_stages - 1 - g))
-            if after_low > after_high:
+            shortest, farthest = max(1, after_low - high), min(reach[g], after_high - low)
+            if after_low > after_high or shortest > farthest:
                 return None
             edges = np.arange(after_low, after_high + 1)
-            lengths = np.arange(max(1, after_low - high), min(reach[g], after_high - low) + 1)
+            lengths = np.arange(shortest, farthest + 1)
             before = edges[:, None] - lengths
             inside = (before >= low) & (before <= high)
             stage = padded[row, self.found.alike[edges[:, None], np.where(inside, lengths, 0)]]
