@@ -112,7 +112,7 @@ def _plan_on_galvatron(
         raise PlanError("--from-galvatron needs --gpus, --seq and --global-batch too")
     record = plan_from_galvatron(directory, gpus, seq, global_batch, memory_bytes, top=top)
     _write(json.dumps(record["plan"], indent=1) + "\n", out)
-    typer.echo(json.dumps(record, indent=1) if as_json else text.describe(record))
+    typer.echo(json.dumps(record, indent=1) if as_json else text.describe_plan(record))
 
 
 def load_cluster(text: str) -> Any:
