@@ -17,6 +17,7 @@ TITLE = "Strategy of every layer"
 NUM_COLOURS = 10
 _TOP, _HEIGHT = 20.0, 40.0
 _LONG_TABLE = 40
+_ROOM_FOR_EDGE = 5.0
 _SUMMED = (
     "Numbers of the table are sums over the run's layers; stages run at the same time, so their "
     "sum exceeds the step."
@@ -73,9 +74,9 @@ def _strip(plan: Plan, letters: dict[Strategy, str]) -> str:
         colour = _colour(places[strategy])
         names = plan.layers[first] + (f" … {plan.layers[last - 1]}" if last > first + 1 else "")
         boxes.append(svg.rect(x, _TOP, width, _HEIGHT, colour, f"{names}: {strategy}"))
-        inner = range(first + 1, last) if each >= 5 else ()
+        inner = range(first + 1, last) if each >= _ROOM_FOR_EDGE else ()
         boxes += [_edge(index * each, "layer-edge") for index in inner]
-        boxes += [_edge(x, "run-edge")] if first else []
+        boxes += [_edge(x, "run-edge")] if first and width >= _ROOM_FOR_EDGE else []
         left, right = _widest_piece(plan, first, last)
         place = ((left + right) / 2 * each, _TOP + _HEIGHT / 2)
         label = f"{letters[strategy]}  {strategy}"
