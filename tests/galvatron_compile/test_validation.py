@@ -17,7 +17,14 @@ from galvatron_compile import notation
 from galvatron_compile.commands import validate as command
 from galvatron_compile.errors import PlanError, UnsupportedError
 from galvatron_compile.validation import Prediction, Run, read_table, report
-from galvatron_compile.validation.metrics import Errors, Metrics, Pair, regret, spearman
+from galvatron_compile.validation.metrics import (
+    Errors,
+    Metrics,
+    Pair,
+    ranks,
+    regret,
+    spearman,
+)
 from galvatron_compile.validation.outliers import fit, model_flops_per_token, outliers, peak_share
 from galvatron_compile.validation.plot import plot
 from galvatron_compile.validation.report import ALL, CALIBRATION, WITHOUT
@@ -200,6 +207,7 @@ def test_spearman_by_hand() -> None:
     # ranks 1.5 1.5 3 against 1 2 3
     assert spearman([7, 7, 9], [1, 2, 3]) == pytest.approx(1.5 / math.sqrt(1.5 * 2))
     assert spearman([1, 1, 1], [1, 2, 3]) is None
+    assert ranks([7, 7, 9, 3]).tolist() == [2.5, 2.5, 4, 1]
 
 
 def test_ranks_and_regret_count_within_workloads() -> None:
