@@ -148,7 +148,9 @@ def parallel(
     """The stage program of this rank around ``net``'s parameters."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if dist.is_initialized() else 0
-    strategy = Strategy(tp=tp, dp=world // tp, zero=zero, recompute=recompute)
+    strategy = Strategy(
+        tp=tp, dp=world // tp, zero=zero, recompute="full" if recompute else "none"
+    )
     layers = ("first", "block", "last")
     plan = Plan("", world, BATCH, micro_batches, layers, (strategy,) * 3)
     mesh = Mesh.create(world, rank, {tp})
