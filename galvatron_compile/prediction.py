@@ -90,15 +90,19 @@ class TradePoint:
 class Prediction:
     """All of ``Plan.predicted``. causes: ms by the keys of CAUSES, in that order, zeros left out.
 
+    mfu_basis: the peak that MFU is a share of.
+    slowest_group: the group whose times they are.
     layers and groups are empty unless there is one for every layer and pipeline group.
     """
 
     step_ms: float | None
     tokens_per_s: float | None
     mfu: float | None
+    mfu_basis: str
     memory_bytes: float | None
     memory_limit_bytes: float | None
     causes: Mapping[str, float]
+    slowest_group: int | None
     groups: tuple[GroupPrediction, ...]
     layers: tuple[Mapping[str, float], ...]
     tradeoff: tuple[TradePoint, ...]
@@ -124,9 +128,11 @@ class Prediction:
             step_ms=step_ms,
             tokens_per_s=_number(found, "tokens_per_s"),
             mfu=_number(found, "mfu"),
+            mfu_basis=_text(found, "mfu_basis"),
             memory_bytes=memory if memory is not None else max(totals, default=None),
             memory_limit_bytes=_number(found, "memory_limit_bytes"),
             causes=_causes(found, step_ms),
+            slowest_group=_slowest(found, plan),
             groups=groups,
             layers=layers,
             tradeoff=_tradeoff(found),
@@ -162,6 +168,12 @@ def _causes(found: Mapping[str, Any], step_ms: float | None) -> dict[str, float]
         rest = step_ms - sum(causes.values())
         causes["other_ms"] += rest if rest > _NEGLIGIBLE * step_ms else 0.0
     return {key: value for key, value in causes.items() if value > 0}
+
+
+def _slowest(found: Mapping[str, Any], plan: Plan) -> int | None:
+    """The group whose times the causes are, if it is named and exists."""
+    value = found.get("slowest_group")
+    return value if type(value) is int and 0 <= value < plan.pp else None
 
 
 def _layers(plan: Plan) -> tuple[Mapping[str, float], ...]:

@@ -71,9 +71,12 @@ class StageTimes:
         if len(known) < 2:
             forward, backward = tuple(counts), tuple(2 * count for count in counts)
             return StageTimes(forward, backward, (0.0,) * plan.pp, assumed=True)
-        transfers = 2 * plan.virtual * plan.num_micro_batches  # of a group, there and back
-        p2p = prediction.causes.get("pipeline_comm_ms", 0.0) / transfers if plan.pp > 1 else 0.0
-        return StageTimes(tuple(known["forward_ms"]), tuple(known["backward_ms"]), step_once, p2p)
+        return StageTimes(
+            tuple(known["forward_ms"]),
+            tuple(known["backward_ms"]),
+            step_once,
+            _p2p_ms(plan, prediction),
+        )
 
 
 @dataclass(frozen=True)
@@ -181,6 +184,20 @@ class _Walker:
             self.waiting[needed, neighbour, batch].append(group)
             return None
         return end + self.times.p2p_ms
+
+
+def _p2p_ms(plan: Plan, prediction: Prediction) -> float:
+    """One transfer's share of the pipeline communication that the slowest group waits for.
+
+    A stage sends forward unless it is the last and backward unless it is the first. Where the
+    group is not named, it is taken to be one that does both.
+    """
+    slowest = prediction.slowest_group
+    sends = 2 * plan.virtual
+    sends -= 0 if slowest is None else (slowest == 0) + (slowest == plan.pp - 1)
+    if plan.pp == 1:
+        return 0.0
+    return prediction.causes.get("pipeline_comm_ms", 0.0) / (sends * plan.num_micro_batches)
 
 
 def _with_step_once(row: Sequence[Span], group: int, times: StageTimes) -> tuple[Span, ...]:

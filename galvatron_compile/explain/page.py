@@ -101,9 +101,8 @@ def _figures(plan: Plan, prediction: Prediction) -> list[Figure]:
         each = count(tokens / plan.world_size)
         figures.append(Figure("tokens/s", count(round(tokens)), f"{each} a rank"))
     if prediction.mfu is not None:
-        figures.append(
-            Figure("MFU", percent(prediction.mfu), "model FLOP/s of the peak", prediction.mfu)
-        )
+        basis = prediction.mfu_basis or "model FLOP/s of the peak"
+        figures.append(Figure("MFU", percent(prediction.mfu), basis, prediction.mfu))
     memory, limit = prediction.memory_bytes, prediction.memory_limit_bytes
     if memory is not None:
         of_limit = f"of {size(limit)} ({percent(memory / limit)})" if limit else "no limit is named"

@@ -18,6 +18,7 @@ TITLE = "The pipeline's timeline"
 _LEFT, _GAP, _TOP = 76.0, 34.0, 6.0
 _WHOLE = 150  # actions in a row that are still told apart when all of them are drawn
 _DIGIT = 6.2  # advance of a digit of the boxes' small print
+_MOSTLY = 0.6  # of the step, from which leaving out the rest is not worth it
 _PART = 64  # actions in a row of each part when they are not
 _WITH_TIPS = 3_000
 
@@ -99,7 +100,7 @@ def _windows(timeline: Timeline) -> list[Window]:
     turn = min(span.start_ms for row in timeline.rows for span in row if span.kind in "BI")
     first = next(span.start_ms for span in timeline.rows[0] if span.kind in "BI")
     part = max(_PART * total / longest, first + 0.3 * turn)  # the ramp up, and some of the middle
-    if longest <= _WHOLE or 2 * part >= 0.9 * total:
+    if longest <= _WHOLE or 2 * part >= _MOSTLY * total:
         return [Window(0.0, total, _LEFT, svg.WIDTH)]
     half = (svg.WIDTH - _LEFT - _GAP) / 2
     return [

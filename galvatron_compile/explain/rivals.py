@@ -75,6 +75,6 @@ def _rejected(prediction: Prediction) -> Section:
     columns = (Column("family", "code"), Column("why it lost", "prose"))
     return Section(
         title,
-        "Whole families that cannot hold a better plan.",
+        "Whole families of plans, and why each lost.",
         tables=(Grid(columns, prediction.rejected),),
     )

@@ -153,6 +153,8 @@ def test_transfers_share_the_pipeline_communication() -> None:
     causes = {**plan.predicted["causes"], "pipeline_comm_ms": 48.0}
     plan = replace(plan, predicted={**plan.predicted, "causes": causes})
     assert StageTimes.of(plan).p2p_ms == 3.0  # of 8 micro-batches, there and back
+    plan = replace(plan, predicted={**plan.predicted, "slowest_group": 3})
+    assert StageTimes.of(plan).p2p_ms == 6.0  # the last stage sends back only
 
 
 def test_a_large_pipeline_runs_to_its_end() -> None:
