@@ -107,7 +107,9 @@ class Comparison:
             need, limit = prediction.memory_bytes, prediction.memory_limit_bytes
             if need is not None and limit is not None and need > limit:
                 notes.append(f"{name} does not fit: it needs {size(need)} of {size(limit)} a rank.")
-            notes += [f"{name}: {warning}" for warning in prediction.warnings]
+        for warning in dict.fromkeys((*one.warnings, *two.warnings)):
+            whose = [name for name, p in (("A", one), ("B", two)) if warning in p.warnings]
+            notes.append(f"{' and '.join(whose)}: {warning}")
         return tuple(notes)
 
     @cached_property

@@ -114,6 +114,11 @@ def test_what_the_numbers_rest_on_is_noted() -> None:
     assert notes[1:] == ("B does not fit: it needs 31.5 GiB of 16.0 GiB a rank.", "B: NOT MEASURED")
 
 
+def test_a_warning_of_both_is_given_once() -> None:
+    a, b = (with_predicted(A, warnings=[*own, "NOT MEASURED"]) for own in ([], ["old"]))
+    assert Comparison(a, b).notes == ("A and B: NOT MEASURED", "B: old")
+
+
 def test_plans_of_other_models_are_refused() -> None:
     b = replace(A, model="another", layers=tuple(f"h.{i}" for i in range(32)))
     with pytest.raises(PlanError, match=r"of different models: A has 32 layers .* and 0 names"):
