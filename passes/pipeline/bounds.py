@@ -132,8 +132,13 @@ def quick_bound_ns(problem: PipelineProblem) -> int:
     Every layer takes its fastest option, and the slowest group at least an equal share of the sum.
     """
     objective = Objective.of(problem.family)
-    fastest = np.where(problem.costs.allowed, layer_ns(problem), FAR).min(axis=1)
-    times = fastest[list(problem.layers)]
+    times = fastest_ns(problem)
     total = int(times.sum())
     slowest = max(-(-total // problem.family.pp), int(times.max()))
     return objective.total_ns(objective.value(total, slowest))
+
+
+def fastest_ns(problem: PipelineProblem) -> Ints:
+    """[layers]: the fastest allowed option of each, alone."""
+    fastest = np.where(problem.costs.allowed, layer_ns(problem), FAR).min(axis=1)
+    return np.asarray(fastest[list(problem.layers)])

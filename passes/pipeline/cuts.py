@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from galvatron_compile.passes.pipeline.bounds import FAR
-from galvatron_compile.passes.pipeline.closed_form import Objective
+from galvatron_compile.passes.pipeline.closed_form import Objective, even_boundaries
 from galvatron_compile.passes.pipeline.problem import Ints
 from galvatron_compile.passes.pipeline.ranges import Ranges
 
@@ -29,10 +29,16 @@ class Partition:
 
 
 class Cutter:
-    """times: [rows, signatures]; row_of: which row every stage has, in order."""
+    """times: [rows, signatures]; row_of: which row every stage has, in order.
 
-    def __init__(self, found: Ranges, row_of: list[int], objective: Objective) -> None:
+    least_sum: what the times of all stages add up to at least; narrows the search.
+    """
+
+    def __init__(
+        self, found: Ranges, row_of: list[int], objective: Objective, least_sum: int = 0
+    ) -> None:
         self.found, self.row_of, self.objective = found, row_of, objective
+        self.least_sum = least_sum
         self.num_layers = len(found.alike) - 1
 
     def price(self, times: Ints, edges: tuple[int, ...]) -> Partition | None:
@@ -50,8 +56,11 @@ class Cutter:
         """The partition of the least value; None if there is none. ``start``: a known one."""
         weight, slow_weight = self.objective.sum_weight, self.objective.max_weight
         best, limit = start, FAR - 1
-        if best is not None:  # the slowest stage of a better partition is below this
-            limit = min(limit, best.value // (weight + slow_weight))
+        if best is None:
+            even = even_boundaries(self.num_layers, len(self.row_of))
+            best = self.price(times, even)
+        if best is not None and slow_weight:  # the slowest stage of a better one is below this
+            limit = min(limit, (best.value - weight * self.least_sum) // slow_weight)
         highest = self.within(times, limit)
         if highest is None:
             return best

@@ -13,7 +13,13 @@ from functools import cached_property
 
 import numpy as np
 
-from galvatron_compile.passes.pipeline.bounds import FAR, Bounds, quick_bound_ns, rows_of
+from galvatron_compile.passes.pipeline.bounds import (
+    FAR,
+    Bounds,
+    fastest_ns,
+    quick_bound_ns,
+    rows_of,
+)
 from galvatron_compile.passes.pipeline.closed_form import Evaluation, evaluate
 from galvatron_compile.passes.pipeline.cuts import Cutter, Partition
 from galvatron_compile.passes.pipeline.problem import PipelineProblem
@@ -72,7 +78,8 @@ class Cuts:
         of_group = rows_of(tables)
         self.rows = sorted(set(of_group))
         self.row_of = [self.rows.index(row) for row in of_group]
-        self.cutter = Cutter(self.found, self.row_of, tables.objective)
+        least_sum = int(fastest_ns(tables.problem).sum())
+        self.cutter = Cutter(self.found, self.row_of, tables.objective, least_sum)
         bounds = Bounds(tables, self.found)
         self.sizes = np.stack([bounds.smallest(row) for row in self.rows])
         self.times = np.stack([bounds.times(row) for row in self.rows])
@@ -138,23 +145,26 @@ class FamilySearch:
         return Cuts(self.tables)
 
     @cached_property
-    def solved_groups(self) -> list[Stage]:
-        return []
+    def groups(self) -> list[Stage | int | None]:
+        """Interleaved: what is known of every group's time; first bounds, then its options."""
+        return [self.solver.bound(self.chunk_pieces(g)) for g in range(self.problem.family.pp)]
 
     def solve_next_group(self) -> None:
         """Interleaved: every group's layers are given, so groups are solved one by one."""
-        stages, num_groups = self.solved_groups, self.problem.family.pp
-        pieces = [self.chunk_pieces(g) for g in range(num_groups)]
-        stage = self.solver.solve(pieces[len(stages)])
-        if stage is None:
+        fresh = "groups" not in self.__dict__
+        groups = self.groups
+        pieces = [self.chunk_pieces(g) for g in range(len(groups))]
+        if not fresh:
+            g = next(g for g, known in enumerate(groups) if isinstance(known, int))
+            groups[g] = self.solver.solve(pieces[g])
+        if None in groups:
             self.verdict = self.infeasible([self.solver.smallest(each) for each in pieces])
             return
-        stages.append(stage)
-        if len(stages) == num_groups:
+        stages = [known for known in groups if isinstance(known, Stage)]
+        if len(stages) == len(groups):
             self.verdict = self.solution(pieces, stages)
             return
-        # Groups that are still to come take no time in this bound.
-        times = [each.time_ns for each in stages]
+        times = [known.time_ns if isinstance(known, Stage) else known or 0 for known in groups]
         self.raise_bound(self.tables.objective.value(sum(times), max(times)))
 
     def raise_bound(self, value: int) -> None:

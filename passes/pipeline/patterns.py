@@ -6,9 +6,12 @@ of the walk: where the changes happen within alike layers does not matter. So a 
 switching costs and which menus the layers choose from, exactly and for any switching costs, and
 the number of patterns does not depend on the length of a run.
 
-:func:`patterns` is A* (Hart, Nilsson and Raphael 1968) over walks: the cost so far is switching
-plus, for every layer, how much its cheapest option of the layout exceeds its cheapest option at
-the multiplier of the relaxation. What remains is bounded by shortest paths backwards.
+:class:`PatternSearch` is A* (Hart, Nilsson and Raphael 1968) over walks: the cost so far is
+switching plus, for every layer, how much its cheapest option of the layout exceeds its cheapest
+option at the multiplier of the relaxation. What remains is bounded by shortest paths backwards.
+
+A single layer between walks need not be walked: given the layouts on both sides, switching is part
+of its options' times. Such a run is *folded*, and one knapsack serves all its layouts.
 """
 
 from __future__ import annotations
@@ -24,26 +27,35 @@ from numpy.typing import NDArray
 
 from galvatron_compile.passes.pipeline.problem import Ints
 
+_FINITE = float(1 << 60)
+
 Floats = NDArray[np.float64]
 Walk = tuple[int, ...]
-Content = tuple[tuple[tuple[Any, Walk], int], ...]
-"""((menu, layouts), number of layers), sorted: what the layers of a pattern choose from."""
+Item = tuple[Any, Walk]
+"""What layers choose from: ("run", menu) in some layouts, ("tie", tie) in a layout, or
+("fold", menu, class before, class after) between two layouts."""
+Content = tuple[tuple[Item, int], ...]
+"""Items with their numbers of layers, sorted."""
 
 
 @dataclass(frozen=True)
 class Run:
     """Alike layers in a row. menu: names their costs (an integer); tie: which tie, or -1.
 
-    first, length: which layers; hop_ns: [layouts, layouts] within the run, join_ns: to the run
-    that follows, None where the next run is in another stage.
+    first, length: which layers; kind: their class; hop_ns: [layouts, layouts] within the run,
+    join_ns: to the run that follows, None where the next run is in another stage; folded: a single
+    layer whose switching on both sides (``kinds``: classes there, -1 for none) is in its menu.
     """
 
     menu: int
     tie: int
     first: int
     length: int
+    kind: int
     hop_ns: Ints
     join_ns: Ints | None
+    folded: bool = False
+    kinds: tuple[int, int] = (-1, -1)
 
 
 @dataclass(frozen=True)
@@ -56,132 +68,168 @@ class Pattern:
 
 
 def switching_ns(runs: Sequence[Run], walks: Sequence[Walk]) -> int:
+    """What switching takes that is not in the menu of a folded run."""
     total = 0
     for i, (run, walk) in enumerate(zip(runs, walks, strict=True)):
         total += sum(int(run.hop_ns[a, b]) for a, b in pairwise(walk))
-        if run.join_ns is not None:
+        if run.join_ns is not None and not run.folded and not runs[i + 1].folded:
             total += int(run.join_ns[walk[-1], walks[i + 1][0]])
     return total
 
 
-class _Search:
-    """excess[i]: [layouts] of run i, infinite where it has no option."""
+def folded_item(runs: Sequence[Run], walks: Sequence[Walk], i: int, after: int) -> Item:
+    """What a folded run chooses from: depends on the layouts around it, where they are in reach.
 
-    def __init__(self, runs: Sequence[Run], excess: Sequence[Floats]) -> None:
-        self.runs, self.excess = runs, excess
-        none = np.zeros_like(runs[0].hop_ns)
-        self.joins = [none if run.join_ns is None else run.join_ns for run in runs]
-        self.leave: list[Floats] = []  # from a layout to the end, once its run is closed
-        self.extend: list[Floats] = []  # the same, if the run visits another layout first
-        to_go: Floats = np.zeros(len(none))
+    walks: of the runs before i; after: first layout of the run after it.
+    """
+    before, following = runs[i].kinds
+    a = -1 if before < 0 else walks[i - 1][-1]
+    return ("fold", runs[i].menu, before, following), (a, -1 if following < 0 else after)
+
+
+class PatternSearch:
+    """excess[i]: [layouts] of run i, infinite where it has no option.
+
+    most: patterns of a larger excess are of no interest; may be lowered on the way.
+    """
+
+    def __init__(self, runs: Sequence[Run], excess: Sequence[Floats], most: float) -> None:
+        self.runs, self.excess, self.most = runs, excess, most
+        self.heap: list[tuple[float, int, int, float, Walk, Content, tuple[Walk, ...]]] = []
+        self.num_pushed = 0
+        num_layouts = len(runs[0].hop_ns)
+        self.joins = [
+            np.zeros_like(run.hop_ns) if run.join_ns is None else run.join_ns for run in runs
+        ]
+        # To the end from a layout of run i, its own layers apart: once the run is closed, and if
+        # it visits another layout first; and with its layers, from its first layer.
+        self.leave: list[Floats] = []
+        self.extend: list[Floats] = []
+        self.entry: list[Floats] = []
+        elsewhere = np.where(np.eye(num_layouts, dtype=np.bool_), np.inf, 0.0)
+        entry: Floats = np.zeros(num_layouts)
         for i in range(len(runs) - 1, -1, -1):
-            if i + 1 < len(runs):
-                leave = (self.joins[i] + (excess[i + 1] + to_go)).min(axis=1)
-            else:
-                leave = np.zeros(len(none))
-            to_go, extend = leave, np.full(len(none), np.inf)
-            hops = runs[i].hop_ns + np.where(np.eye(len(none), dtype=np.bool_), np.inf, 0.0)
-            for _ in range(min(len(none), runs[i].length) - 1):
-                extend = (hops + (excess[i] + to_go)).min(axis=1)
-                lower = np.minimum(leave, extend)
-                if (lower >= to_go).all():
+            own, length = excess[i], runs[i].length
+            leave = entry if i + 1 == len(runs) else (self.joins[i] + entry).min(axis=1)
+            to_go, extend = leave, np.full(num_layouts, np.inf)
+            for _ in range(min(num_layouts, length) - 1):
+                extend = (runs[i].hop_ns + elsewhere + (own + to_go)).min(axis=1)
+                if (extend >= to_go).all():
                     break
-                to_go = np.minimum(to_go, lower)
-            self.leave.append(leave)
-            self.extend.append(extend)
-            self.after = to_go
-        self.leave.reverse()
-        self.extend.reverse()
+                to_go = np.minimum(to_go, extend)
+            alone = leave + (own * (length - 1) if length > 1 else 0.0)
+            entry = own + np.minimum(alone, extend)
+            self.leave.insert(0, leave)
+            self.extend.insert(0, extend)
+            self.entry.insert(0, entry)
 
     def patterns(self) -> Iterator[Pattern]:
-        heap: list[tuple[float, int, int, float, Walk, Content, tuple[Walk, ...]]] = []
-        seen: set[tuple[Any, ...]] = set()
-        num_pushed = 0
+        """By rising excess; of those with equal content only one, which switches cheapest.
 
-        def push(
-            i: int, cost: float, walk: Walk, content: Content, walks: tuple[Walk, ...]
-        ) -> None:
-            nonlocal num_pushed
-            bound = cost
-            if i < len(self.runs):
-                closed = cost + self.rest(i, walk) + self.leave[i][walk[-1]]
-                extend = self.extend[i][walk[-1]] if len(walk) < self.runs[i].length else np.inf
-                bound = min(closed, cost + extend)
-            if bound < np.inf:
-                num_pushed += 1
-                heapq.heappush(heap, (float(bound), num_pushed, i, cost, walk, content, walks))
-
-        def enter(i: int, cost: Floats, content: Content, walks: tuple[Walk, ...]) -> None:
-            for layout in np.flatnonzero(np.isfinite(cost + self.excess[i])):
-                push(
-                    i, float(cost[layout] + self.excess[i][layout]), (int(layout),), content, walks
-                )
-
-        enter(0, np.zeros(len(self.excess[0])), (), ())
-        while heap:
-            bound, _, i, cost, walk, content, walks = heapq.heappop(heap)
+        Among equal content the first is the cheapest: their excess differs by switching alone.
+        """
+        seen: set[object] = set()
+        self.enter(0, np.zeros(len(self.excess[0])), (), ())
+        while self.heap:
+            bound, _, i, cost, walk, content, walks = heapq.heappop(self.heap)
+            if bound > self.most:
+                return
             if i == len(self.runs):
-                yield Pattern(bound, content, walks)
+                if content not in seen:
+                    seen.add(content)
+                    yield Pattern(bound, content, walks)
                 continue
             again = walk[-1] in walk[:-1]
             key = (i, walk[-1], walk[-2] if again else -1, tuple(sorted(walk)), content)
-            if key in seen:
-                continue
-            seen.add(key)
-            run, at = self.runs[i], walk[-1]
-            useful: Any = True
-            if again:  # worth it only where the way round is cheaper than the direct one
-                before = walk[-2]
-                useful = run.hop_ns[before] > run.hop_ns[before, at] + run.hop_ns[at]
-            if len(walk) < run.length:
-                onward = cost + run.hop_ns[at] + self.excess[i]
-                onward = np.where(useful, onward, np.inf)
-                onward[at] = np.inf
-                for layout in np.flatnonzero(np.isfinite(onward)):
-                    push(i, float(onward[layout]), (*walk, int(layout)), content, walks)
-            closed = cost + self.rest(i, walk)
-            after = _with(content, run, walk)
-            if i + 1 == len(self.runs):
-                if not again:
-                    push(i + 1, closed, walk, after, (*walks, walk))
-                continue
-            onward = closed + self.joins[i][at]
-            if again:
-                join = self.joins[i]
-                useful = join[walk[-2]] > run.hop_ns[walk[-2], at] + join[at]
-                onward = np.where(useful, onward, np.inf)
-            enter(i + 1, onward.astype(np.float64), after, (*walks, walk))
+            if key not in seen:
+                seen.add(key)
+                self.lengthen(i, cost, walk, content, walks)
+                self.close(i, cost, walk, content, walks)
 
-    def rest(self, i: int, walk: Walk) -> float:
-        free = self.runs[i].length - len(walk)
-        return free * min(float(self.excess[i][layout]) for layout in walk) if free else 0.0
+    def push(
+        self,
+        bounds: Floats,
+        i: int,
+        costs: Floats,
+        walk: Walk,
+        content: Content,
+        walks: tuple[Walk, ...],
+    ) -> None:
+        """One node for every layout within the limit: ``walk`` goes on to it."""
+        for layout in np.flatnonzero(bounds <= min(self.most, _FINITE)).tolist():
+            self.num_pushed += 1
+            node = (float(bounds[layout]), self.num_pushed, i, float(costs[layout]))
+            heapq.heappush(self.heap, (*node, (*walk, layout), content, walks))
 
+    def enter(self, i: int, onward: Floats, content: Content, walks: tuple[Walk, ...]) -> None:
+        """Start run i, or end after the last run. onward: [layouts] cost of getting there."""
+        if i == len(self.runs):
+            bounds, costs = onward, onward
+        else:
+            bounds, costs = onward + self.entry[i], onward + self.excess[i]
+        if i == 0 or not self.runs[i - 1].folded:
+            self.push(bounds, i, costs, (), content, walks)
+            return
+        for layout in np.flatnonzero(bounds <= min(self.most, _FINITE)).tolist():
+            item = folded_item(self.runs, walks, i - 1, layout)
+            only = np.where(np.arange(len(bounds)) == layout, bounds, np.inf)
+            self.push(only, i, costs, (), _more(content, [(item, 1)]), walks)
 
-def patterns(runs: Sequence[Run], excess: Sequence[Floats]) -> Iterator[Pattern]:
-    """Patterns by rising excess; of those with equal content only one that switches cheapest.
-
-    Among equal content the first is the cheapest: the excess differs by switching alone.
-    """
-    seen: set[Content] = set()
-    for pattern in _Search(runs, excess).patterns():
-        if pattern.content not in seen:
-            seen.add(pattern.content)
-            yield pattern
-
-
-def _with(content: Content, run: Run, walk: Walk) -> Content:
-    """Content once ``run`` is walked: one layer forced per visit, the rest in any of them."""
-    counts = dict(content)
-    if run.tie >= 0:
-        counts[(("tie", run.tie), walk)] = 1
-    elif len(walk) == 1:
-        counts[(("run", run.menu), walk)] = counts.get((("run", run.menu), walk), 0) + run.length
-    else:
-        for layout in walk:
-            item = ("run", run.menu), (layout,)
-            counts[item] = counts.get(item, 0) + 1
-        free = run.length - len(walk)
+    def lengthen(
+        self, i: int, cost: float, walk: Walk, content: Content, walks: tuple[Walk, ...]
+    ) -> None:
+        """Visit another layout within run i."""
+        run, own, at = self.runs[i], self.excess[i], walk[-1]
+        free = run.length - len(walk) - 1
+        if free < 0:
+            return
+        onward = cost + run.hop_ns[at] + own
+        onward[at] = np.inf
+        if at in walk[:-1]:  # worth it only where the way round is cheaper than the direct one
+            before = run.hop_ns[walk[-2]]
+            onward = np.where(before > before[at] + run.hop_ns[at], onward, np.inf)
+        bounds = onward + self.leave[i]
         if free:
-            anywhere = ("run", run.menu), tuple(sorted(set(walk)))
-            counts[anywhere] = counts.get(anywhere, 0) + free
+            rest = free * np.minimum(own, min(own[layout] for layout in walk))
+            bounds = onward + np.minimum(self.leave[i] + rest, self.extend[i])
+        self.push(bounds, i, onward, walk, content, walks)
+
+    def close(
+        self, i: int, cost: float, walk: Walk, content: Content, walks: tuple[Walk, ...]
+    ) -> None:
+        """The walk of run i is complete: go on to the next run."""
+        run, own, at = self.runs[i], self.excess[i], walk[-1]
+        again = at in walk[:-1]
+        free = run.length - len(walk)
+        cost += free * min(float(own[layout]) for layout in walk) if free else 0.0
+        if not run.folded:
+            content = _more(content, _items(run, walk))
+        join = self.joins[i]
+        if i + 1 == len(self.runs):
+            join = join[:, :1]  # only one way to end
+        onward = (cost + join[at]).astype(np.float64)
+        if again:
+            before = walk[-2]
+            useful = join[before] > run.hop_ns[before, at] + join[at]
+            onward = np.where(useful, onward, np.inf)
+        self.enter(i + 1, onward, content, (*walks, walk))
+
+
+def _items(run: Run, walk: Walk) -> list[tuple[Item, int]]:
+    """What the layers of a walk choose from: one per visit is forced, the rest is free."""
+    if run.tie >= 0:
+        return [((("tie", run.tie), walk), 1)]
+    name = ("run", run.menu)
+    if len(walk) == 1:
+        return [((name, walk), run.length)]
+    forced: list[tuple[Item, int]] = [((name, (layout,)), 1) for layout in walk]
+    free = run.length - len(walk)
+    return forced + ([((name, tuple(sorted(set(walk)))), free)] if free else [])
+
+
+def _more(content: Content, items: list[tuple[Item, int]]) -> Content:
+    """Content with more layers. The layers of a tie count once."""
+    counts = dict(content)
+    for item, count in items:
+        counts[item] = 1 if item[0][0] == "tie" else counts.get(item, 0) + count
     return tuple(sorted(counts.items()))

@@ -9,20 +9,22 @@ lowest, and splits where its answer breaks the limit. Within a node the patterns
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 
 from galvatron_compile.passes.pipeline.knapsack import Menu, fill, relax
 from galvatron_compile.passes.pipeline.patterns import (
-    Content,
     Floats,
+    Item,
     Pattern,
+    PatternSearch,
     Run,
     Walk,
-    patterns,
+    folded_item,
     switching_ns,
 )
 from galvatron_compile.passes.pipeline.problem import Ints
@@ -69,6 +71,8 @@ class _Costs:
         return Menu(self.options, self.time_ns, self.memory_bytes)
 
 
+_NUM_RANGES = 4  # of transient peaks, for a quick bound
+
 _Key = tuple[int, int, bool, bool]  # class, in flight, sends back, sends next
 
 
@@ -79,11 +83,16 @@ class StageSolver:
         self.tables = tables
         self.numbers: dict[_Key, int] = {}
         self.costs: list[_Costs] = []
+        self.kinds: list[int] = []
         self.menus: dict[tuple[object, ...], Menu] = {}
 
     def solve(self, pieces: Sequence[Piece], limit: int | None = None) -> Stage | None:
         """The fastest options below ``limit`` nanoseconds; None if there are none that fit."""
         return _Group(self, pieces).solve(limit)
+
+    def bound(self, pieces: Sequence[Piece]) -> int | None:
+        """A lower bound in nanoseconds by linear relaxation; None if nothing fits."""
+        return _Group(self, pieces).bound()
 
     def smallest(self, pieces: Sequence[Piece]) -> int | None:
         """The least capacity that would do; None if a layer has no option."""
@@ -102,6 +111,7 @@ class StageSolver:
             time = time + tables.send_next_ns[kind, options]
         memory = tables.state_bytes[kind, options] + flight * tables.saved_bytes[kind, options]
         self.numbers[key] = len(self.costs)
+        self.kinds.append(kind)
         self.costs.append(
             _Costs(
                 *(options, time, memory),
@@ -119,6 +129,21 @@ class StageSolver:
             if layouts is not None:
                 keep &= np.isin(costs.layout, layouts)
             self.menus[key] = costs.where(np.flatnonzero(keep)).menu()
+        return self.menus[key]
+
+    def folded_menu(self, item: Item, peak: int) -> Menu:
+        """Options of a single layer with the switching on both sides of it."""
+        key = (item, peak)
+        if key not in self.menus:
+            (_, index, before, after), (a, b) = item
+            costs, kind, switch = self.costs[index], self.kinds[index], self.tables.switch
+            time = costs.time_ns
+            if before >= 0:
+                time = time + switch(before, kind)[a, costs.layout]
+            if after >= 0:
+                time = time + switch(kind, after)[costs.layout, b]
+            keep = np.flatnonzero(costs.transient_bytes <= peak)
+            self.menus[key] = replace(costs, time_ns=time).where(keep).menu()
         return self.menus[key]
 
     def tied_menu(self, members: tuple[int, ...], peak: int, layout: int | None) -> Menu | None:
@@ -166,6 +191,7 @@ class _Group:
         # A tie with a single layer in this group ties nothing.
         self.members = {tie: tuple(menus) for tie, menus in members.items() if len(menus) > 1}
         self.runs = [run if run.tie in self.members else replace(run, tie=-1) for run in self.runs]
+        self.runs = _fold(self.runs)
         parts = [solver.costs[run.menu] for run in self.runs if run.tie < 0]
         parts += [solver.joint(menus) for menus in self.members.values()]
         if any(not len(part.options) for part in parts):
@@ -194,7 +220,7 @@ class _Group:
                 join = tables.switch(kind, int(tables.classes[end]))
             menu = self.solver.menu_of((kind, piece.flight, *marks[start][1:]))
             tie = tables.tie_of.get(first, -1)
-            yield Run(menu, tie, first, length, tables.switch(kind, kind), join)
+            yield Run(menu, tie, first, length, kind, tables.switch(kind, kind), join)
 
     def send_varies(self, sends: Ints, layer: int) -> bool:
         kind = self.tables.classes[layer]
@@ -218,6 +244,26 @@ class _Group:
                 needed += int(menu.memory_bytes[0])
             best = needed if best is None else min(best, needed)
         return best
+
+    def bound(self) -> int | None:
+        """The least relaxation over a few ranges of thresholds."""
+        edges = np.linspace(0, len(self.thresholds), _NUM_RANGES + 1).astype(np.int64)
+        found = []
+        for low, high in pairwise(np.unique(edges)):
+            peak = int(self.thresholds[high - 1])
+            relaxed = self.relax(peak, self.capacity - int(self.thresholds[low]))
+            if relaxed is not None:
+                found.append(max(0, math.ceil(relaxed[0]) + self.offset_ns))
+        return min(found, default=None)
+
+    def relax(self, peak: int, capacity: int) -> tuple[float, float] | None:
+        """(bound, multiplier) without switching; None if nothing fits."""
+        menus = [self.solver.menu(run.menu, peak, None) for run in self.runs]
+        found = relax(menus, [run.length for run in self.runs], capacity)
+        if found is None:
+            return None
+        slack = 1e-12 * (abs(found.bound) + found.multiplier * 2.0**44)
+        return found.bound - slack, found.multiplier
 
     def solve(self, limit: int | None) -> Stage | None:
         best: Stage | None = None
@@ -243,19 +289,20 @@ class _Group:
 
     def relaxed(self, peak: int, capacity: int, limit: int | None) -> Stage | None:
         """The fastest below ``limit`` with transients up to ``peak`` within ``capacity``."""
-        menus = [self.solver.menu(run.menu, peak, None) for run in self.runs]
-        found = relax(menus, [run.length for run in self.runs], capacity)
+        found = self.relax(peak, capacity)
         if found is None:
             return None
-        slack = 1e-12 * (abs(found.bound) + found.multiplier * 2.0**44)
+        base, multiplier = found
         best: Stage | None = None
-        for excess in self.excesses(peak, found.multiplier):
-            for pattern in patterns(self.runs, excess):
-                if limit is not None and found.bound + pattern.excess - slack > limit - 1:
-                    break
+        if limit is not None and base > limit - 1:
+            return None
+        for excess in self.excesses(peak, multiplier):
+            search = PatternSearch(self.runs, excess, np.inf if limit is None else limit - 1 - base)
+            for pattern in search.patterns():
                 answer = self.fill(pattern, peak, capacity, limit)
                 if answer is not None:
                     best, limit = answer, answer.time_ns
+                    search.most = limit - 1 - base
         return best
 
     def excesses(self, peak: int, multiplier: float) -> Iterator[list[Floats]]:
@@ -287,12 +334,15 @@ class _Group:
     def fill(self, pattern: Pattern, peak: int, capacity: int, limit: int | None) -> Stage | None:
         switching = switching_ns(self.runs, pattern.walks)
         menus, counts = [], []
-        for (name, layouts), count in pattern.content:
-            if name[0] == "tie":
+        for item, count in pattern.content:
+            name, layouts = item
+            if name[0] == "fold":
+                menu: Menu | None = self.solver.folded_menu(item, peak)
+            elif name[0] == "tie":
                 menu = self.solver.tied_menu(self.members[name[1]], peak, layouts[0])
-                assert menu is not None
             else:
                 menu = self.solver.menu(name[1], peak, layouts)
+            assert menu is not None
             menus.append(menu)
             counts.append(count)
         found = fill(menus, counts, capacity, None if limit is None else limit - switching)
@@ -304,10 +354,15 @@ class _Group:
         """Options per layer: what the menus chose, alike options beside each other."""
         pools = {
             item: [option for option in sorted(chosen) for _ in range(chosen[option])]
-            for (item, _), chosen in zip(_items(pattern.content), picks, strict=True)
+            for (item, _), chosen in zip(pattern.content, picks, strict=True)
         }
         result: list[int] = []
-        for run, walk in zip(self.runs, pattern.walks, strict=True):
+        walks = pattern.walks
+        for i, (run, walk) in enumerate(zip(self.runs, walks, strict=True)):
+            if run.folded:
+                after = walks[i + 1][0] if i + 1 < len(walks) else 0
+                result.append(pools[folded_item(self.runs, walks, i, after)].pop())
+                continue
             if run.tie >= 0:
                 result.append(pools[(("tie", run.tie), walk)][0])
                 continue
@@ -343,5 +398,14 @@ class _Group:
         return result
 
 
-def _items(content: Content) -> Iterator[tuple[tuple[object, Walk], int]]:
-    yield from content
+def _fold(runs: list[Run]) -> list[Run]:
+    """Fold single layers, no two beside each other, and not the only run."""
+    result: list[Run] = []
+    for i, run in enumerate(runs):
+        can = run.length == 1 and run.tie < 0 and len(runs) > 1
+        if can and not (result and result[-1].folded):
+            before = runs[i - 1].kind if i and runs[i - 1].join_ns is not None else -1
+            after = -1 if run.join_ns is None else runs[i + 1].kind
+            run = replace(run, folded=True, kinds=(before, after))
+        result.append(run)
+    return result
