@@ -9,22 +9,10 @@ from typing import Any
 
 from galvatron_compile import notation
 from galvatron_compile.plan import Plan
+from galvatron_compile.prediction import CAUSES
 from galvatron_compile.text import columns
 
 GIB = 2**30
-
-CAUSES = {
-    "compute_ms": "computation",
-    "tensor_comm_ms": "tensor-parallel communication",
-    "context_comm_ms": "exchange of sequences in attention",
-    "expert_comm_ms": "tokens to experts",
-    "data_comm_ms": "exposed gradient synchronisation and gathers",
-    "pipeline_comm_ms": "pipeline sends",
-    "resharding_ms": "changing layout between layers",
-    "optimizer_ms": "optimizer",
-    "bubble_ms": "pipeline bubble",
-}
-
 
 @dataclass(frozen=True)
 class Alternative:
