@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch.utils import _pytree as pytree
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 # --- capture: pytrees and shape environments (checked on torch 2.11 and 2.13) ---
 
@@ -61,6 +64,21 @@ def fake_mode_of(value: torch.Tensor | None) -> Iterator[None]:
     with mode, enable_python_dispatcher():
         yield
 
+def nodes_of_expression(expression: Any, symbols: Mapping[Any, fx.Node]) -> fx.Node:
+    """Nodes at the end of the symbols' graph that compute a size's sympy expression.
+
+    symbols: a node for every symbol, with its SymInt in ``meta["val"]``; new nodes get theirs.
+    """
+    graph = next(iter(symbols.values())).graph
+    tracer = fx.proxy.GraphAppendingTracer(graph)
+    proxies = {symbol: fx.Proxy(node, tracer) for symbol, node in symbols.items()}
+    known = len(graph.nodes)
+    result = sympy_interp(PythonReferenceAnalysis, proxies, expression)
+    for node in list(graph.nodes)[known:]:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        node.meta["val"] = node.target(*args, **kwargs)
+    assert isinstance(result, fx.Proxy)
+    return result.node
 
 
 # --- random operators: fake tensors and operator schemas (checked on torch 2.13) ---

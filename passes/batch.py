@@ -80,7 +80,7 @@ class _Attempt:
         self.symbol = source.batch_symbol
         self.module = copy_annotated(source.module)
         self.graph = self.module.graph
-        self.denominators = Denominators(self.graph)
+        self.denominators = Denominators(self.graph, self.symbol, source.parameters)
         self.costs = ConversionCosts(self.symbol, self.denominators)
         self.origin: dict[fx.Node, str] = {node: node.name for node in self.graph.nodes}
         self.mixed = False

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
+from galvatron_compile.errors import UnsupportedError
 from galvatron_compile.graph import note, noted
-from galvatron_compile.passes.sharding.views import size_of
+from galvatron_compile.passes.sharding.views import shape_of, size_of
+from galvatron_compile.torch_private import nodes_of_expression
 
 aten = torch.ops.aten
 
@@ -19,10 +21,15 @@ class Denominators:
     """The weights whose sums over all parts come back into the graph as placeholders.
 
     The nodes that compute them live in the graph itself until :meth:`module` copies them out.
+    A weight is made of the batch and of buffers, never of a parameter: every rank computes it by
+    itself in front of a step, where no parameter is gathered.
+
+    symbol: the batch size. parameters: targets of the ``get_attr`` nodes that are parameters.
     """
 
-    def __init__(self, graph: fx.Graph) -> None:
+    def __init__(self, graph: fx.Graph, symbol: Any, parameters: Collection[str]) -> None:
         self.graph = graph
+        self.symbol, self.parameters = symbol, parameters
         self.weights: list[fx.Node] = []
         self.placeholders: list[fx.Node] = []
         self.known: dict[tuple[object, ...], fx.Node] = {}
@@ -94,20 +101,20 @@ class Denominators:
             return self.new(aten.div.Tensor, value, cast)
 
     def can_sum(self, value: fx.Node) -> bool:
-        """One number, made of the batch alone: no parameter, no other denominator."""
+        """One number, made of the rank's own samples alone.
+
+        No parameter (not a frozen one either), no other denominator, nothing that was gathered.
+        """
         tensor = value.meta["val"]
-        if not isinstance(tensor, torch.Tensor) or tensor.dim() or noted(value, "differentiable"):
+        if not isinstance(tensor, torch.Tensor) or tensor.dim():
             return False
-        seen, queue = set(), [value]
-        while queue:
-            node = queue.pop()
-            if node in self.placeholders or noted(node, "differentiable"):
-                return False
-            for before in node.all_input_nodes:
-                if before not in seen:
-                    seen.add(before)
-                    queue.append(before)
-        return True
+        return not any(
+            node in self.placeholders
+            or node.target in self.parameters
+            or noted(node, "differentiable")
+            or noted(node, "data_inputs")
+            for node in self._sources([value])
+        )
 
     def total(self, value: fx.Node) -> fx.Node:
         """A partial sum that nothing differentiates, replaced by its sum over all parts."""
@@ -125,15 +132,33 @@ class Denominators:
         return cast
 
     def module(self, root: fx.GraphModule) -> fx.GraphModule | None:
-        """The graph from the batch's tensors to the weights; None if there are none."""
+        """The graph from the batch's tensors to the weights; None if there are none.
+
+        Sizes are those of a batch tensor, whatever value the model took them from.
+
+        Raises:
+            UnsupportedError: a weight needs a parameter.
+        """
         if not self.weights:
             return None
+        needed = self._sources(self.weights)
         graph = fx.Graph()
         mapping: dict[fx.Node, fx.Node] = {}
-        needed = _ancestors(self.weights)
         for node in self.graph.nodes:
-            wanted = node in needed or node.op == "placeholder"
-            if wanted and node not in self.placeholders:
+            if node.op == "placeholder" and node not in self.placeholders:
+                mapping[node] = graph.node_copy(node, lambda n: mapping[n])
+        sizes: dict[Any, fx.Node] = {}
+        for node in self.graph.nodes:
+            if node not in needed or node in mapping:
+                continue
+            if node.target in self.parameters:
+                raise UnsupportedError(
+                    f"the loss is divided by a number that is computed from the parameter "
+                    f"{node.target}; compute that number from the batch alone"
+                )
+            if self._is_size(node):
+                mapping[node] = self._size_of_batch(graph, mapping, sizes, node)
+            else:
                 mapping[node] = graph.node_copy(node, lambda n: mapping[n])
         results = [self._as_float64(graph, mapping[weight]) for weight in self.weights]
         output = graph.output(tuple(results))
@@ -141,16 +166,49 @@ class Denominators:
         graph.lint()
         return fx.GraphModule(root, graph)
 
+    def _is_size(self, node: fx.Node) -> bool:
+        """A size that the batch size alone decides."""
+        free = getattr(size_of(node.meta.get("val")), "free_symbols", set())
+        return node.target is aten.sym_size.int and free == {self.symbol}
 
-def _ancestors(nodes: Sequence[fx.Node]) -> set[fx.Node]:
-    seen: set[fx.Node] = set(nodes)
-    queue = list(nodes)
-    while queue:
-        for before in queue.pop().all_input_nodes:
-            if before not in seen:
-                seen.add(before)
-                queue.append(before)
-    return seen
+    def _size_of_batch(
+        self,
+        graph: fx.Graph,
+        mapping: dict[fx.Node, fx.Node],
+        sizes: dict[Any, fx.Node],
+        node: fx.Node,
+    ) -> fx.Node:
+        """``node``'s number in ``graph``, from the size of a batch tensor; ``sizes`` are reused."""
+        if self.symbol not in sizes:
+            place, dim = self._batch_dim()
+            base = graph.call_function(aten.sym_size.int, (mapping[place], dim))
+            base.meta["val"] = place.meta["val"].shape[dim]
+            sizes[self.symbol] = base
+        expression = size_of(node.meta["val"])
+        if expression not in sizes:
+            base = sizes[self.symbol]
+            sizes[expression] = nodes_of_expression(expression, {self.symbol: base})
+        return sizes[expression]
+
+    def _batch_dim(self) -> tuple[fx.Node, int]:
+        """A placeholder with a dim of the batch's size, and that dim."""
+        for node in self.graph.find_nodes(op="placeholder"):
+            sizes = shape_of(node.meta["val"])
+            if self.symbol in sizes:
+                return node, sizes.index(self.symbol)
+        raise AssertionError("the batch symbol is a size of some batch tensor")
+
+    def _sources(self, nodes: Sequence[fx.Node]) -> set[fx.Node]:
+        """``nodes`` and all that they are computed from; a size of the batch comes from nowhere."""
+        seen: set[fx.Node] = set(nodes)
+        queue = list(nodes)
+        while queue:
+            node = queue.pop()
+            for before in () if self._is_size(node) else node.all_input_nodes:
+                if before not in seen:
+                    seen.add(before)
+                    queue.append(before)
+        return seen
 
 
 def _fake_mode(graph: fx.Graph) -> Any:

@@ -99,15 +99,16 @@ def check(
     assert captured.module.code == code
     assert all(noted(node, "data") for node in graph.module.graph.nodes)
     values = list(example.values()) if isinstance(example, dict) else list(example)
+    trained = {name: p for name, p in graph.parameters.items() if p.requires_grad}
     for cut in sizes:
         inputs = [repeated(v, sum(cut)) if v.dim() else v for v in values]
         wanted = captured.module(*inputs)
-        want_grads = torch.autograd.grad(wanted, list(graph.parameters.values()), allow_unused=True)
+        want_grads = torch.autograd.grad(wanted, list(trained.values()), allow_unused=True)
         for split in (cut, [sum(cut)]):
             got = total_loss(graph, inputs, split)
-            grads = torch.autograd.grad(got, list(graph.parameters.values()), allow_unused=True)
+            grads = torch.autograd.grad(got, list(trained.values()), allow_unused=True)
             torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-12)
-            for name, a, b in zip(graph.parameters, grads, want_grads, strict=True):
+            for name, a, b in zip(trained, grads, want_grads, strict=True):
                 assert (a is None) == (b is None), name
                 if a is not None:
                     torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-11, msg=lambda m: name + m)  # noqa: B023
