@@ -118,7 +118,6 @@ def _zero_bubble(pp: int, m: int, group: int) -> list[Action]:
     return result + [Action("W", 0, i) for i in range(max(0, m - group), m)]
 
 
-@lru_cache(maxsize=4096)
 def in_flight(
     schedule: str, pp: int, num_micro_batches: int, virtual: int = 1, group: int = 0
 ) -> tuple[int, ...]:
@@ -126,13 +125,18 @@ def in_flight(
 
     Counted at the first such moment of the action list. Every peak has been seen once two rounds
     of pp micro-batches are under way, so a longer list is not walked (GPipe's is, it keeps all).
+    PlanError where :func:`why_not` gives a reason.
     """
     m = num_micro_batches
     reason = why_not(schedule, pp, m, virtual)
     if reason is not None:
         raise PlanError(reason)
-    walked = m if schedule == "gpipe" else min(m, 2 * pp)
-    return peak_held(actions(schedule, pp, walked, virtual, group), virtual)
+    return _walked(schedule, pp, m if schedule == "gpipe" else min(m, 2 * pp), virtual, group)
+
+
+@lru_cache(maxsize=16384)
+def _walked(schedule: str, pp: int, m: int, virtual: int, group: int) -> tuple[int, ...]:
+    return peak_held(actions(schedule, pp, m, virtual, group), virtual)
 
 
 def peak_held(work: Sequence[Action], virtual: int = 1) -> tuple[int, ...]:

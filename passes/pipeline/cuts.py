@@ -131,11 +131,14 @@ class Cutter:
 
     def lowest_peak(self, sizes: Ints) -> tuple[int, tuple[int, ...]] | None:
         """The partition whose largest stage is smallest, by bisection over the sizes."""
-        values = np.unique(sizes[sizes < FAR])
-        low, high = 0, len(values)
-        best: tuple[int, tuple[int, ...]] | None = None
+        even = self.price(sizes, even_boundaries(self.num_layers, len(self.row_of)))
+        limit = FAR - 1 if even is None else even.slowest
+        best = None if even is None else (even.slowest, even.edges)
+        values = np.unique(sizes[sizes <= limit])
+        low, high = 0, len(values) - (even is not None)
         while low < high:
-            middle = (low + high) // 2
+            # Even stages are nearly the best, and narrow limits are quick to try: look there first.
+            middle = high - 1 - (high - 1 - low) // (2 if best is None else 8)
             found = self.within(sizes, int(values[middle]))
             if found is None:
                 low = middle + 1
