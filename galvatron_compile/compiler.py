@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from galvatron_compile import notation, runnable
 from galvatron_compile.cluster import ClusterProfile
+from galvatron_compile.contents import Contents
 from galvatron_compile.errors import InfeasibleError, ShapeError
 from galvatron_compile.graph import Graph, LayeredGraph
 from galvatron_compile.job import Job
@@ -24,7 +25,7 @@ from galvatron_compile.mesh import Mesh
 from galvatron_compile.parallel_model import ParallelModel
 from galvatron_compile.passes.annotate import Workload, annotate, micro_batch_counts
 from galvatron_compile.passes.batch import batch
-from galvatron_compile.passes.capture import capture
+from galvatron_compile.passes.capture_once import capture_once
 from galvatron_compile.passes.experiments import experiments
 from galvatron_compile.passes.layers import find_layers
 from galvatron_compile.passes.partition import price, search
@@ -62,7 +63,7 @@ def compile(
 
     Args:
         model: any ``nn.Module`` that ``torch.export`` captures. Its parameters are broadcast from
-            rank 0. On the meta device nothing is loaded until ``load_full_state_dict``.
+            rank 0. What is on the meta device has no values until a state dict is loaded.
         cluster_profile: facts about the hardware, measured or a preset.
         example_inputs: positional arguments as a tuple or keyword arguments as a dict; dim 0 of
             the tensors is the batch, of any size.
@@ -89,7 +90,8 @@ def compile(
         lambda: understand(model, example_inputs, loss_fn, setting.precision), same=summary
     )
     batch_size = global_batch_size or layered.graph.example_batch_size
-    broadcast_parameters(layered.graph, job)
+    contents = job.together(lambda: Contents.of(model, layered.graph), same=str)
+    broadcast_parameters(layered.graph, contents, job)
     if plan is None:
         decision = decide(layered, batch_size, setting, progress)
     else:
@@ -102,7 +104,7 @@ def compile(
         device=job.device,
         seed=seed,
         search=decision.report,
-        state_names=tuple(model.state_dict()),
+        contents=contents,
     )
 
 
@@ -161,9 +163,9 @@ def understand(
     loss_fn: Callable[[Any, Any], Any] | None,
     precision: Precision,
 ) -> LayeredGraph:
-    """capture → batch → layers, in the dtype that will compute."""
+    """capture (once per kind of layer) → batch → layers, in the dtype that will compute."""
     with computing_in(model, precision):
-        graph = capture(model, precision.cast_all(example_inputs), loss_fn)
+        graph = capture_once(model, precision.cast_all(example_inputs), loss_fn)
     graph = batch(graph)
     return find_layers(graph)
 
@@ -246,12 +248,13 @@ def build(
     )
 
 
-def broadcast_parameters(graph: Graph, job: Job) -> None:
+def broadcast_parameters(graph: Graph, contents: Contents, job: Job) -> None:
     """Give every rank rank 0's parameters and buffers, as DistributedDataParallel does."""
     if job.world_size == 1:
         return
+    used = (*graph.parameters.values(), *graph.buffers.values())
     with torch.no_grad():
-        for tensor in [*graph.parameters.values(), *graph.buffers.values()]:
+        for tensor in (*used, *contents.passive.values()):
             if not tensor.is_meta:
                 on_device = tensor.detach().to(job.device).contiguous()
                 dist.broadcast(on_device, src=0)

@@ -22,16 +22,6 @@ _OF_MODULES = frozenset(nn.Module().__dict__) - {"training"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-class PlainClass:
-    """A class whose instances keep everything in ``__dict__``."""
-
-
-def keeps_all_in_dict(value: object) -> bool:
-    """Whether ``vars(value)`` is the whole state: no slots, and no base class written in C."""
-    sizes = (type(value).__basicsize__, type(value).__itemsize__)
-    return hasattr(value, "__dict__") and sizes == (PlainClass.__basicsize__, 0)
-
-
 @dataclass(frozen=True, eq=False)
 class Member:
     """One of several alike submodules. ``numbers``: plain ints by which it may differ."""
@@ -82,9 +72,15 @@ def _alike(children: list[nn.Module]) -> list[list[Member]]:
         numbers: dict[Slot, int] = {}
         spelled: Hashable = ("alone", id(child))
         if kinds[type(child)] > 1 and _can_stand_in(child):
-            spelled = _Spelling(child).whole(numbers)
+            spelled, numbers = spelling(child)
         alike.setdefault(spelled, []).append(Member(child, numbers))
     return list(alike.values())
+
+
+def spelling(module: nn.Module) -> tuple[Hashable, dict[Slot, int]]:
+    """A value that is equal for alike modules, and the plain ints that it leaves out."""
+    numbers: dict[Slot, int] = {}
+    return _Spelling(module).whole(numbers), numbers
 
 
 def _can_stand_in(module: nn.Module) -> bool:
@@ -164,6 +160,16 @@ class _Spelling:
         return self.known[id(value)]
 
 
+class _Plain:
+    """A class whose instances keep everything in ``__dict__``."""
+
+
+def _keeps_all_in_dict(value: object) -> bool:
+    """Whether ``vars(value)`` is the whole state: no slots, and no base class written in C."""
+    sizes = (type(value).__basicsize__, type(value).__itemsize__)
+    return hasattr(value, "__dict__") and sizes == (_Plain.__basicsize__, 0)
+
+
 def _parts(value: Any) -> tuple[tuple[int, ...], list[Any]] | None:
     """Identities and values that make up ``value``; None if only its own identity tells."""
     kind = type(value)
@@ -179,7 +185,7 @@ def _parts(value: Any) -> tuple[tuple[int, ...], list[Any]] | None:
         cells = [cell.cell_contents for cell in value.__closure__ or () if filled(cell)]
         inner = [value.__defaults__, value.__kwdefaults__, value.__dict__, *cells]
         return (id(value.__code__), id(value.__globals__)), inner
-    if isinstance(value, (type, nn.Module, torch.Tensor)) or not keeps_all_in_dict(value):
+    if isinstance(value, (type, nn.Module, torch.Tensor)) or not _keeps_all_in_dict(value):
         return None
     return (), [vars(value)]
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from galvatron_compile.passes.alike import Group, Member, Slot
+from galvatron_compile.passes.alike import Group, Member, Slot, spelling
 from galvatron_compile.passes.watch import Snapshot, watching_numbers
 from galvatron_compile.torch_private import flatten_tree, size_expression, unflatten_tree
 
@@ -62,9 +62,13 @@ class _Results:
 
 @dataclass(eq=False)
 class Kind:
-    """Calls of one group with alike arguments. ``real``: the numbers of those that ran."""
+    """Calls of one group with alike arguments. ``real``: the numbers of those that ran.
+
+    state: what the last of them could reach when it was called.
+    """
 
     group: Group
+    state: Snapshot | None = None
     real: list[int] = field(default_factory=list)
     results: _Results | None = None
     outputs: Sequence[Tensor] = ()
@@ -131,11 +135,13 @@ class Recorder:
         leaves, spec = flatten_tree((args, kwargs))
         if group in self.unlike or (arguments := _spelled(leaves)) is None:
             return run(*args, **kwargs)
-        differing = tuple((slot, member.numbers[slot]) for slot in sorted(self._looked[group]))
-        key = (group, differing, str(spec), arguments, torch.is_grad_enabled())
+        settings, numbers = spelling(member.module)  # again: the model may have changed them
+        looked = tuple((slot, numbers[slot]) for slot in sorted(self._looked[group]))
+        key = (group, settings, looked, str(spec), arguments, torch.is_grad_enabled())
         kind = self._kinds.setdefault(key, Kind(group))
         inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        if len(kind.real) < REAL_CALLS or member is group.members[-1]:
+        enough = len(kind.real) >= REAL_CALLS and member is not group.members[-1]
+        if not enough or kind.state is None or kind.state.is_changed():
             return self._real(kind, member, run, args, kwargs, inputs)
         self.replaced.add(group)
         outputs = self._mark(kind, member, inputs, kind.outputs)
@@ -160,7 +166,7 @@ class Recorder:
         group = kind.group
         looked: set[Slot] = set()
         versions = [tensor._version for tensor in inputs]
-        before = Snapshot(member.module, (args, kwargs))
+        kind.state = before = Snapshot(member.module, (args, kwargs))
         try:
             with watching_numbers(member.module, group.differing, looked.add):
                 returned = run(*args, **kwargs)

@@ -4,7 +4,9 @@ leaves behind."""
 from __future__ import annotations
 
 import collections
+import functools
 import operator
+import random
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator
@@ -14,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from galvatron_compile.passes.alike import Slot, filled, keeps_all_in_dict
+from galvatron_compile.passes.alike import Slot, filled
 
 _NUMBERS = (bool, int, float, complex, str, bytes)
 _CONTAINERS = (list, tuple, dict, set, collections.deque)
@@ -100,13 +102,14 @@ def watching_numbers(
 
 
 class Snapshot:
-    """What can be reached and written to: attributes, containers, closures, classes, globals.
+    """What a call can reach and write to: attributes, containers, closures, classes, globals.
 
     Remembers the contents of all of it when made. Tensors are not looked into: what is written
     to one shows in its version.
     """
 
     def __init__(self, module: nn.Module, arguments: Any) -> None:
+        self._random = random.getstate()
         self._held: list[tuple[object, list[Any]]] = []
         seen: set[int] = set()
         pending: list[Any] = [module, arguments]
@@ -119,7 +122,9 @@ class Snapshot:
             pending.extend(contents)
 
     def is_changed(self) -> bool:
-        return any(_differ(contents, _contents(value)) for value, contents in self._held)
+        return random.getstate() != self._random or any(
+            _differ(contents, _contents(value)) for value, contents in self._held
+        )
 
 
 def _differ(before: list[Any], after: list[Any] | None) -> bool:
@@ -143,6 +148,8 @@ def _contents(value: Any) -> list[Any] | None:
         return [*value.keys(), *value.values()]
     if isinstance(value, _CONTAINERS):
         return list(value)
+    if isinstance(value, (*_NUMBERS, torch.Tensor, types.ModuleType)) or value is None:
+        return None
     if isinstance(value, nn.Module):
         return [*vars(value).values(), type(value)]
     if isinstance(value, types.FunctionType):
@@ -150,23 +157,24 @@ def _contents(value: Any) -> list[Any] | None:
         return [value.__dict__, *cells]
     if isinstance(value, types.MethodType):
         return [value.__func__, value.__self__]
+    if isinstance(value, functools.partial):
+        return [value.func, value.args, value.keywords]
     if isinstance(value, type):
-        return _of_class(value)
-    if keeps_all_in_dict(value) and not _foreign(type(value)):
-        return [vars(value)]
-    return None
-
-
-def _of_class(kind: type) -> list[Any] | None:
-    """Class attributes and base classes, and what a model's file keeps in global variables."""
-    if _foreign(kind) or not issubclass(kind, nn.Module):
+        return None if _foreign(value) else _of_class(value)
+    if _foreign(type(value)) and type(value) is not types.SimpleNamespace:
         return None
+    slots = [n for kind in type(value).__mro__ for n in getattr(kind, "__slots__", ())]
+    return [getattr(value, "__dict__", None), *(getattr(value, name, None) for name in slots)]
+
+
+def _of_class(kind: type) -> list[Any]:
+    """Class attributes and base classes, and what the class's file keeps in global variables."""
     file = vars(sys.modules.get(kind.__module__, types))
     kept = [
         value
         for value in file.values()
-        if isinstance(value, (*_NUMBERS, *_CONTAINERS))
-        or (keeps_all_in_dict(value) and not _foreign(type(value)))
+        if not isinstance(value, (types.FunctionType, types.ModuleType))
+        and (not isinstance(value, type) or value.__module__ == kind.__module__)
     ]
     return [*vars(kind).values(), *kind.__bases__, *kept]
 
