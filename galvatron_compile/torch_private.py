@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import builtins
 import contextlib
+import importlib
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -48,6 +51,31 @@ def shape_guards(value: torch.Tensor) -> list[tuple[Any, str | None]]:
     if environment is None:
         return []
     return [(guard.expr, guard.sloc.maybe_user_loc) for guard in environment.guards]
+
+
+@contextlib.contextmanager
+def export_without_printing() -> Iterator[None]:
+    """``torch.export`` raises its errors without printing the graph so far.
+
+    Of a data-dependent failure it prints hundreds of lines on stderr in front of the exception
+    (``torch.export._trace``, its only ``print``; checked on torch 2.11 and 2.13). What anyone else
+    writes there, the model included, is untouched.
+    """
+    trace: Any = importlib.import_module("torch.export._trace")  # imported late: it is slow
+
+    def only_elsewhere(*values: object, file: Any = None, **options: Any) -> None:
+        if file is not sys.stderr:
+            builtins.print(*values, file=file, **options)
+
+    before = vars(trace).get("print")
+    trace.print = only_elsewhere
+    try:
+        yield
+    finally:
+        if before is None:
+            del trace.print
+        else:
+            trace.print = before
 
 
 @contextlib.contextmanager

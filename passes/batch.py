@@ -22,7 +22,6 @@ up parameter gradients over the ranks), and R otherwise.
 from __future__ import annotations
 
 import dataclasses
-import re
 
 from torch import fx
 
@@ -30,6 +29,7 @@ from galvatron_compile.errors import UnsupportedError
 from galvatron_compile.graph import Graph, copy_annotated, note, noted
 from galvatron_compile.passes.batch_cost import IMPOSSIBLE, ConversionCosts
 from galvatron_compile.passes.batch_loss import constant_in_parts, mean_as_sum, scalars_as_sums
+from galvatron_compile.passes.blame import line_of_node
 from galvatron_compile.passes.denominators import Denominators
 from galvatron_compile.passes.sharding.rules import Rule, candidates, tensor_inputs
 from galvatron_compile.passes.sharding.rules_base import is_tensor_valued, packet_name
@@ -284,7 +284,8 @@ class _Attempt:
         )
 
     def describe(self, node: fx.Node, what: str) -> str:
-        return f"{packet_name(node.target)} ({node.name}) {what}{_line(node)}"
+        line = line_of_node(node)
+        return f"{packet_name(node.target)} ({node.name}) {what}" + (f" at {line}" if line else "")
 
     # The loss --------------------------------------------------------------------------------
 
@@ -311,9 +312,3 @@ def _differentiable(node: fx.Node, inputs: list[fx.Node]) -> bool:
     constant = packet_name(node.target).endswith("_like")
     cut = packet_name(node.target) == "detach" or constant
     return floating and not cut and any(noted(v, "differentiable") for v in inputs)
-
-
-def _line(node: fx.Node) -> str:
-    """Where the model's source calls the operator, as far as the capture knows."""
-    found = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    return f" at {found[-1][0]}:{found[-1][1]}" if found else ""

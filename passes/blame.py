@@ -64,9 +64,14 @@ def line_of_exception(error: BaseException) -> str | None:
 
 def where(node: fx.Node) -> str:
     """``file:line`` of the model's code that made ``node``, its name if that is not known."""
+    return line_of_node(node) or f"node {node.name}"
+
+
+def line_of_node(node: fx.Node) -> str | None:
+    """``file:line`` of the model's code that made ``node``, as far as the capture knows."""
     found = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
     lines = [f"{name}:{number}" for name, number in found if is_user_file(name)]
-    return lines[-1] if lines else f"node {node.name}"
+    return lines[-1] if lines else None
 
 
 def behind_wrapper(frames: list[traceback.FrameSummary]) -> list[traceback.FrameSummary]:

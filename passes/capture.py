@@ -15,7 +15,9 @@ from galvatron_compile.graph import Graph, InputSpec
 from galvatron_compile.passes import blame
 from galvatron_compile.passes.example import MODEL, Example, LossFunction, LossModule
 from galvatron_compile.passes.normalise import Normaliser
-from galvatron_compile.torch_private import size_expression
+from galvatron_compile.torch_private import export_without_printing, size_expression
+
+_UNKNOWN = "an unknown line of the model or of loss_fn(outputs, batch)"
 
 
 def capture(model: nn.Module, example_inputs: Any, loss_fn: LossFunction | None = None) -> Graph:
@@ -41,12 +43,12 @@ def capture(model: nn.Module, example_inputs: Any, loss_fn: LossFunction | None 
 def _export(wrapper: LossModule, example: Example) -> ExportedProgram:
     dims = tuple({0: Dim.AUTO} if dim == 0 else None for dim in example.batch_dims)
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), export_without_printing():
             return export(wrapper, example.tensors, dynamic_shapes=(dims,), strict=False)
     except GalvatronError:
         raise
     except Exception as error:  # whatever the model or the exporter raises is a failed capture
-        line = blame.line_of_exception(error) or "an unknown line of the model"
+        line = blame.line_of_exception(error) or _UNKNOWN
         raise CaptureError(
             f"{line}: the model cannot be captured\n{blame.cause_in_two_lines(error)}"
         ) from error
@@ -66,7 +68,9 @@ def _batch_symbol(program: ExportedProgram, wrapper: LossModule, example: Exampl
     reason = f"it works only where {restriction[0]}" if restriction else f"it fixes it to {size}"
     raise CaptureError(
         f"{line or 'a line of the model'}: the batch size must be free, but {reason}\n"
-        "replace the constant in this line by the batch's own size, for example x.shape[0]"
+        "replace the constant in this line by the batch's own size, for example x.shape[0]; or "
+        "use an example batch of another size, if an input without a batch dimension only happens "
+        "to be as long as the batch"
     )
 
 

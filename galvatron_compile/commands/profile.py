@@ -21,7 +21,7 @@ DEFAULT_OUT = Path("cluster.json")
 def profile(
     out: Annotated[
         Path | None,
-        typer.Option(help="Where to write the profile [default: cluster.json when measuring]."),
+        typer.Option(help="Where to write the profile; when measuring, cluster.json if not given."),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer and smaller sizes.")] = False,
     preset: Annotated[

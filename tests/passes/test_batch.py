@@ -137,6 +137,8 @@ def test_means_over_the_batch_add_up(name: str) -> None:
 
 @pytest.mark.parametrize("name", LABELS)
 def test_classification_losses_add_up(name: str) -> None:
+    if name == "probabilities" and torch.__version__.startswith("2.11"):
+        pytest.skip("torch 2.11 fixes the batch size where one_hot is captured; 2.13 does not")
     assert check(Net(LABELS[name]), data(True)).splits_batch
 
 
@@ -157,6 +159,13 @@ def test_operators_that_mix_samples_are_gathered_over_the_data_axis(name: str) -
     assert not graph.splits_batch
     remarks = [r for node in graph.module.graph.nodes if (r := noted(node, "remark"))]
     assert any("test_batch.py:" in remark for remark in remarks)
+
+
+def test_a_remark_on_a_library_s_module_names_the_model_s_line() -> None:
+    norm = nn.BatchNorm1d(4, track_running_stats=False, dtype=torch.float64)
+    graph = batch(capture(Net(lambda h, y, m: F.mse_loss(norm(h), y)), data()))
+    remarks = [r for node in graph.module.graph.nodes if (r := noted(node, "remark"))]
+    assert any("batch_norm" in r and "test_batch.py:" in r for r in remarks), remarks
 
 
 def test_counting_through_the_batch_is_refused_with_its_line() -> None:
