@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from galvatron_compile.batches import check_batch, flatten_batch, split_batch, take_share
-from galvatron_compile.errors import GalvatronError, NonFiniteLossError, PeerError
+from galvatron_compile.errors import NonFiniteLossError, PeerError
 from galvatron_compile.plan import Plan
 from galvatron_compile.precision import Precision
 from galvatron_compile.seeds import mix
@@ -18,6 +18,7 @@ from galvatron_compile.states import States
 from galvatron_compile.unit_schedule import UnitSchedule
 
 if TYPE_CHECKING:
+    from galvatron_compile.contents import Contents
     from galvatron_compile.program import StageProgram
     from galvatron_compile.search_report import SearchReport
 
@@ -30,7 +31,7 @@ class ParallelModel:
     device: where batches go; None: where the units are.
     seed: of all random operators; the same on every rank.
     search: what the searcher found, printable; None if the plan was given.
-    state_names: names of the model's own ``state_dict()`` in order, see :class:`States`.
+    contents: names of the model's own state dict, and what its forward does not use of it.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class ParallelModel:
         device: torch.device | None = None,
         seed: int = 0,
         search: SearchReport | None = None,
-        state_names: Sequence[str] | None = None,
+        contents: Contents | None = None,
     ) -> None:
         self._program, self._precision, self._seed = program, precision, seed
         self.search = search
@@ -52,7 +53,9 @@ class ParallelModel:
         found = program.units[0].device if program.units else torch.device("cpu")
         self._device = device or found
         self._schedule = UnitSchedule(program.units)
-        self._states = States(program.units, program.buffers, program.tied, state_names)
+        self._contents = contents
+        held = (program.units, program.buffers, program.tied, contents)
+        self._states = States(*held, unloaded=program.unloaded, device=self._device)
         self.num_steps = 0  # done so far; part of the seed of random operators
 
     # The batch.
@@ -86,9 +89,9 @@ class ParallelModel:
         Raises:
             ShapeError: the batch does not fit; the other ranks raise PeerError.
             NonFiniteLossError: on every rank; gradients of this step are dropped.
-            GalvatronError: parameters were never given values.
+            GalvatronError: parameters or buffers were never given values.
         """
-        self._check_loaded()
+        self._states.check_loaded()
         micro_batches, denominators = self._prepare(batch)
         schedule = self._schedule
         schedule.begin()
@@ -124,7 +127,7 @@ class ParallelModel:
     @torch.no_grad()
     def evaluate(self, batch: Any) -> torch.Tensor:
         """The mean loss of the global batch, without dropout and without gradients."""
-        self._check_loaded()
+        self._states.check_loaded()
         micro_batches, denominators = self._prepare(batch)
         self._schedule.begin()
         total: torch.Tensor | None = None
@@ -207,15 +210,6 @@ class ParallelModel:
             raise error
         raise PeerError(f"rank {failed[0]} failed: {message[0]}")
 
-    def _check_loaded(self) -> None:
-        names = sorted(name for unit in self._program.units for name in unit.unloaded)
-        if names:
-            raise GalvatronError(
-                f"{len(names)} parameters have no values yet ({names[0]}, …): the model was made "
-                "on the meta device. Call load_full_state_dict, or fill state_dict() with "
-                "torch.distributed.checkpoint and call load_state_dict"
-            )
-
     # Parameters and gradients.
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -269,7 +263,10 @@ class ParallelModel:
         return self._states.sharded()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take a dict from :meth:`state_dict` that a checkpoint filled. GalvatronError by name."""
+        """Take a dict from :meth:`state_dict` that a checkpoint filled. GalvatronError by name.
+
+        It may hold buffers besides that the model's state dict leaves out, the same on every rank.
+        """
         self._states.load_sharded(state)
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
@@ -283,6 +280,8 @@ class ParallelModel:
     def load_full_state_dict(self, state: Mapping[str, torch.Tensor] | None) -> None:
         """Take whole tensors from rank 0 (what other ranks pass is not read); all ranks call it.
 
+        state: all of the model's own state dict, and any of the buffers that it leaves out.
+
         Raises GalvatronError on every rank, by name, if something is missing, unexpected, of
         another shape, or tied and unequal.
         """
@@ -291,9 +290,10 @@ class ParallelModel:
     # Texts.
 
     def report(self) -> str:
-        """The candidates if there was a search, the plan, and what could not be split."""
+        """The candidates if there was a search, the plan, what was not split, what not trained."""
         parts = [str(self.search)] if self.search is not None else []
-        parts += [str(self.plan), *(f"remark: {text}" for text in self._program.remarks)]
+        remarks = (*self._program.remarks, *(self._contents.remarks if self._contents else ()))
+        parts += [str(self.plan), *(f"remark: {text}" for text in remarks)]
         return "\n\n".join(parts)
 
     def print_program(self) -> None:

@@ -30,6 +30,7 @@ class StageProgram:
     evaluation: the same program without dropout.
     units: the parameters, in the order of first use.
     denominators: batch leaves of one micro-batch -> the loss's weights, see the batch pass.
+    unloaded: buffers that were on the meta device: zeros until a state is loaded.
     layer_graphs: every distinct localised layer graph by name, for printing.
     """
 
@@ -44,6 +45,7 @@ class StageProgram:
     tied: Mapping[str, str]
     layer_graphs: Mapping[str, fx.GraphModule]
     remarks: tuple[str, ...] = ()
+    unloaded: frozenset[str] = frozenset()
 
     def __str__(self) -> str:
         rank = f"rank {self.mesh.rank} of {self.mesh.world_size}"

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from galvatron_compile.contents import Contents, listed
+from galvatron_compile.entry import Entry, gather_full
 from galvatron_compile.errors import GalvatronError
-from galvatron_compile.flat import gather_parts
 from galvatron_compile.layout import ParameterLayout
 from galvatron_compile.mesh import Axis
 from galvatron_compile.placement import R
@@ -19,50 +19,16 @@ from galvatron_compile.torch_private import mesh_without_groups
 from galvatron_compile.units import ParameterUnit
 
 
-def gather_full(
-    layout: ParameterLayout, local: torch.Tensor, data: Axis, tensor: Axis
-) -> torch.Tensor:
-    """The whole parameter from every rank's ``local``; collective over both axes."""
-    if layout.zero:
-        padded = local.new_zeros(layout.chunk_rows * layout.row_numel)
-        padded[: local.numel()] = local.detach().reshape(-1)
-        rows = gather_parts(padded, data).view(-1)
-        local = rows[: layout.rows * layout.row_numel].view(layout.tensor_shape)
-    local = local.detach()
-    if not layout.tensor.is_shard:
-        return local
-    dim = layout.tensor.dim
-    blocks = (*local.shape[:dim], layout.outer, -1, *local.shape[dim + 1 :])
-    parts = gather_parts(local.contiguous(), tensor).reshape(tensor.size, *blocks)
-    return parts.movedim(0, dim + 1).reshape(layout.shape)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Parameter ``index`` of ``unit`` under its original name."""
-
-    name: str
-    unit: ParameterUnit
-    index: int
-
-    @property
-    def layout(self) -> ParameterLayout:
-        return self.unit.layouts[self.index]
-
-    @property
-    def master(self) -> torch.nn.Parameter:
-        return self.unit.masters[self.index]
-
-    def whole(self, local: torch.Tensor) -> torch.Tensor:
-        return gather_full(self.layout, local, self.unit.data, self.unit.tensor)
-
-
 class States:
     """All that a checkpoint of one rank's program holds.
 
-    names: the names of the model's own state dict in its order; buffers that are not in it (not
-        persistent, constants) are left out, and so are names that the program does not use.
+    buffers: those that the program uses; ``unloaded`` are the ones without values yet.
+    contents: the names of the model's own state dict, and what the program does not use of it.
         None: parameters, then buffers, then tied aliases.
+    device: where ranks exchange tensors.
+
+    ``names`` are what a state holds, ``optional`` what it may hold besides: buffers that are not
+    persistent, constants.
     """
 
     def __init__(
@@ -70,17 +36,28 @@ class States:
         units: Sequence[ParameterUnit],
         buffers: Mapping[str, torch.Tensor],
         tied: Mapping[str, str],
-        names: Sequence[str] | None = None,
+        contents: Contents | None = None,
+        *,
+        unloaded: Collection[str] = (),
+        device: torch.device = torch.device("cpu"),  # noqa: B008 - immutable
     ) -> None:
+        self.units = units
         self.entries = [
             Entry(layout.name, unit, index)
             for unit in units
             for index, layout in enumerate(unit.layouts)
         ]
         self.by_name = {entry.name: entry for entry in self.entries}
-        self.buffers, self.tied = buffers, tied
-        known = [*self.by_name, *buffers, *tied]
-        self.names = known if names is None else [name for name in names if name in set(known)]
+        passive = contents.passive if contents else {}
+        self.tensors = {**buffers, **passive}
+        self.tied = {**tied, **(contents.tied if contents else {})}
+        known = dict.fromkeys([*self.by_name, *self.tensors, *self.tied])
+        self.names = [n for n in contents.names if n in known] if contents else list(known)
+        self.optional = known.keys() - set(self.names)
+        needed = {self.tied.get(name, name) for name in self.names} | buffers.keys()
+        lacking = {*unloaded, *(contents.unloaded if contents else ())}
+        self.unloaded = lacking & needed  # tensors; of parameters, the units know
+        self.device = device
         self.distributed = dist.is_initialized() and dist.get_world_size() > 1
         world = dist.get_world_size() if self.distributed else 1
         rank = dist.get_rank() if self.distributed else 0
@@ -90,7 +67,30 @@ class States:
 
     def resolve(self, name: str) -> Entry | torch.Tensor:
         kept = self.tied.get(name, name)
-        return self.by_name[kept] if kept in self.by_name else self.buffers[kept]
+        return self.by_name[kept] if kept in self.by_name else self.tensors[kept]
+
+    def check_loaded(self) -> None:
+        """Raises GalvatronError if something that was on the meta device has no values yet."""
+        parameters = {name for unit in self.units for name in unit.unloaded}
+        lacking = parameters | self.unloaded
+        if not lacking:
+            return
+        what = "tensor" if self.unloaded else "parameter"
+        text = (
+            f"{len(lacking)} {what}{'s have' if len(lacking) > 1 else ' has'} no values yet "
+            f"({listed(lacking, 3)}): the model was made on the meta device. Call "
+            "load_full_state_dict, or fill state_dict() with torch.distributed.checkpoint and call "
+            "load_state_dict"
+        )
+        if absent := self.unloaded & self.optional:
+            text += (
+                f". The model's own state dict leaves out {listed(absent, 3)}, so no checkpoint "
+                "holds it: give it by name beside the rest, load_full_state_dict({**state, "
+                f"{min(absent)!r}: …}}), or make the model with its buffers on the CPU and only "
+                "its parameters on meta (for a Hugging Face model: accelerate's "
+                "init_empty_weights(include_buffers=False))"
+            )
+        raise GalvatronError(text)
 
     # For torch.distributed.checkpoint.
 
@@ -153,7 +153,11 @@ class States:
                 self._load_entry(target, value)
             else:
                 whole = value.full_tensor() if isinstance(value, DTensor) else value
-                target.copy_(whole)
+                self._load_tensor(self.tied.get(name, name), whole)
+
+    def _load_tensor(self, kept: str, whole: torch.Tensor) -> None:
+        self.tensors[kept].copy_(whole)
+        self.unloaded.discard(kept)
 
     def _load_entry(self, entry: Entry, value: Any) -> None:
         with torch.no_grad():
@@ -200,23 +204,27 @@ class States:
 
     def load_full(self, state: Mapping[str, torch.Tensor] | None) -> None:
         """Every rank calls it; rank 0's tensors are taken, or refused on every rank."""
-        problem = [self._problem(state) if self.world.index == 0 else ""]
-        if self.distributed:
-            dist.broadcast_object_list(problem, src=0)
-        if problem[0]:
-            raise GalvatronError(problem[0])
         given = state if self.world.index == 0 and state else {}
+        message: list[Any] = ["", []]  # what is wrong, else which optional names are there
+        if self.world.index == 0:
+            message = [self._problem(given), [name for name in given if name in self.optional]]
+        if self.distributed:
+            dist.broadcast_object_list(message, src=0)
+        problem, extra = message
+        if problem:
+            raise GalvatronError(problem)
         values = {self.tied.get(name, name): given[name] for name, _ in self._targets(given)}
-        for kept in dict.fromkeys(self.tied.get(name, name) for name in self.names):
-            self._load_whole(self.resolve(kept), values.get(kept))
+        for kept in dict.fromkeys(self.tied.get(name, name) for name in [*self.names, *extra]):
+            self._load_whole(kept, values.get(kept))
 
-    def _load_whole(self, target: Entry | torch.Tensor, value: torch.Tensor | None) -> None:
+    def _load_whole(self, kept: str, value: torch.Tensor | None) -> None:
+        target = self.resolve(kept)
         into = target.master if isinstance(target, Entry) else target
         shape = target.layout.shape if isinstance(target, Entry) else target.shape
         if self.world.index == 0 and value is not None:
-            whole = value.detach().to(into.device, into.dtype).contiguous()
+            whole = value.detach().to(self.device, into.dtype).contiguous()
         else:
-            whole = torch.empty(shape, dtype=into.dtype, device=into.device)
+            whole = torch.empty(shape, dtype=into.dtype, device=self.device)
         if self.distributed:
             whole = whole.clone() if self.world.index == 0 else whole
             dist.broadcast(whole, src=0)
@@ -224,7 +232,7 @@ class States:
             if isinstance(target, Entry):
                 target.unit.load(target.index, whole)
             else:
-                target.copy_(whole)
+                self._load_tensor(kept, whole)
 
     # What a dict of states must contain.
 
@@ -241,11 +249,12 @@ class States:
         wanted = {self.tied.get(name, name) for name in self.names}
         given = {self.tied.get(name, name) for name in state}
         problems = []
+        allowed = wanted | {self.tied.get(name, name) for name in self.optional}
         if wanted - given:
-            problems.append(f"missing: {_listed(wanted - given)}")
-        if given - wanted:
-            problems.append(f"unexpected: {_listed(given - wanted)}")
-        for name in sorted(set(state) & set(self.names)):
+            problems.append(f"missing: {listed(wanted - given)}")
+        if given - allowed:
+            problems.append(f"unexpected: {listed(given - allowed)}")
+        for name in sorted(set(state) & {*self.names, *self.optional}):
             found = self.resolve(name)
             shape = found.layout.shape if isinstance(found, Entry) else tuple(found.shape)
             if tuple(state[name].shape) != shape:
@@ -254,10 +263,10 @@ class States:
         if problems:
             raise GalvatronError("state dict does not fit the model; " + "; ".join(problems))
 
-    def _problem(self, state: Mapping[str, torch.Tensor] | None) -> str:
+    def _problem(self, state: Mapping[str, torch.Tensor]) -> str:
         try:
-            self.check_names(state or {})
-            self._check_tied(state or {})
+            self.check_names(state)
+            self._check_tied(state)
         except GalvatronError as error:
             return str(error)
         return ""
@@ -270,8 +279,3 @@ class States:
 
 def _same_layout(one: DTensor, other: DTensor) -> bool:
     return one.device_mesh == other.device_mesh and one.placements == other.placements
-
-
-def _listed(names: set[str], most: int = 8) -> str:
-    shown = ", ".join(sorted(names)[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

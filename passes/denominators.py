@@ -168,7 +168,7 @@ class Denominators:
 
     def _is_size(self, node: fx.Node) -> bool:
         """A size that the batch size alone decides."""
-        free = getattr(size_of(node.meta.get("val")), "free_symbols", set())
+        free: set[Any] = getattr(size_of(node.meta.get("val")), "free_symbols", set())
         return node.target is aten.sym_size.int and free == {self.symbol}
 
     def _size_of_batch(

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import fx
 
-from galvatron_compile.errors import UnsupportedError
-from galvatron_compile.graph import LayeredGraph, note, noted
+from galvatron_compile.graph import LayeredGraph, copy_annotated, note, noted
 from galvatron_compile.mesh import Mesh
 from galvatron_compile.passes.normalise import retarget_devices
 from galvatron_compile.passes.reshard import Layout, Resharder
@@ -55,12 +53,13 @@ def rewrite(
         plan=plan,
         mesh=mesh,
         units=units.ordered,
-        denominators=_denominators(layered, device),
+        denominators=_denominators(layered, builder.buffers, device),
         inputs=layered.graph.inputs,
         buffers=builder.buffers,
         tied=layered.graph.tied,
         layer_graphs=layers.graphs,
         remarks=layers.remarks,
+        unloaded=frozenset(name for name, b in layered.graph.buffers.items() if b.is_meta),
     )
 
 
@@ -79,7 +78,7 @@ class _Builder:
         self.layered, self.plan, self.mesh = layered, plan, mesh
         self.layers, self.units = layers, units
         self.buffers = {
-            name: _on_device(name, value, device) for name, value in layered.graph.buffers.items()
+            name: _on_device(value, device) for name, value in layered.graph.buffers.items()
         }
 
     def build(self, modules: Sequence[torch.nn.Module]) -> fx.GraphModule:
@@ -188,19 +187,22 @@ class _Builder:
         return next(node.meta.get("val") for node in nodes if node.name == name)
 
 
-def _denominators(layered: LayeredGraph, device: torch.device) -> fx.GraphModule | None:
+def _denominators(
+    layered: LayeredGraph, buffers: Mapping[str, torch.Tensor], device: torch.device
+) -> fx.GraphModule | None:
+    """The weights' graph over the program's own buffers, so that it sees what is loaded."""
     if layered.graph.denominators is None:
         return None
-    module = copy.deepcopy(layered.graph.denominators).to(device)
+    module = copy_annotated(layered.graph.denominators)
+    for node in module.graph.find_nodes(op="get_attr"):
+        path, _, name = str(node.target).rpartition(".")
+        setattr(module.get_submodule(path), name, buffers[str(node.target)])
     retarget_devices(module, device)
     return module
 
 
-def _on_device(name: str, value: torch.Tensor, device: torch.device) -> torch.Tensor:
+def _on_device(value: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy of a buffer: a state that is loaded must not change the caller's model."""
     if value.is_meta:
-        raise UnsupportedError(
-            f"buffer {name!r} is on the meta device, and a checkpoint need not hold it; make the "
-            "model so that only its parameters are there (for a Hugging Face model: accelerate's "
-            "init_empty_weights(include_buffers=False))"
-        )
-    return value.to(device)
+        return torch.zeros(value.shape, dtype=value.dtype, device=device)
+    return value.detach().to(device, copy=True)

@@ -203,6 +203,7 @@ def parallel(
         ),
         buffers={"shift": module.shift},
         tied={"also": "tied"},
+        unloaded=frozenset(),
     )
     return ParallelModel(program, wanted)  # type: ignore[arg-type]
 

@@ -1,0 +1,76 @@
+"""What a model holds that its program does not compute with, but a checkpoint does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from galvatron_compile.graph import Graph
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A model's state dict, and the tensors that its forward does not use.
+
+    names: of the model's own ``state_dict()``, in its order.
+    passive: parameters and buffers that no graph uses, whole on the CPU: saved and loaded, never
+        trained. Buffers that are not persistent are among them, so that a state may name them.
+    tied: every other name of a used or passive tensor -> the name it is kept under.
+    unloaded: names in ``passive`` that were on the meta device: zeros until a state is loaded.
+    """
+
+    names: tuple[str, ...]
+    passive: Mapping[str, torch.Tensor]
+    tied: Mapping[str, str]
+    unloaded: frozenset[str]
+
+    @staticmethod
+    def of(model: torch.nn.Module, graph: Graph) -> Contents:
+        used: dict[str, torch.Tensor] = {**graph.parameters, **graph.buffers}
+        kept = {id(tensor): name for name, tensor in reversed(used.items())}
+        passive: dict[str, torch.Tensor] = {}
+        tied: dict[str, str] = {}
+        every: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+        every |= model.named_buffers(remove_duplicate=False)
+        for name, tensor in every.items():
+            first = kept.setdefault(id(tensor), name)
+            if first != name and name not in used:
+                tied[name] = first
+            elif name not in used:
+                passive[name] = tensor
+        return Contents(
+            names=tuple(model.state_dict()),
+            passive={name: _on_cpu(tensor) for name, tensor in passive.items()},
+            tied=tied,
+            unloaded=frozenset(name for name, tensor in passive.items() if tensor.is_meta),
+        )
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """For the report: what is not trained; empty if forward uses all of the state dict."""
+        kept = [name for name in self.names if self.tied.get(name, name) in self.passive]
+        text = f"forward does not use {listed(kept)}: saved and loaded as they are, not trained"
+        return (text,) if kept else ()
+
+    def __str__(self) -> str:
+        """What must be alike on every rank."""
+        held = (
+            f"{name} {list(tensor.shape)}" + (" on meta" if name in self.unloaded else "")
+            for name, tensor in self.passive.items()
+        )
+        return f"tensors that forward does not use: {', '.join(held) or 'none'}"
+
+
+def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.is_meta:
+        return torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
+    return tensor.detach().to("cpu", copy=True)
+
+
+def listed(names: Iterable[str], most: int = 8) -> str:
+    """The first ``most`` names in order, and how many more there are."""
+    ordered = sorted(names)
+    shown = ", ".join(ordered[:most])
+    return shown if len(ordered) <= most else f"{shown} and {len(ordered) - most} more"
