@@ -18,7 +18,7 @@ from itertools import pairwise
 import numpy as np
 
 from galvatron_compile.passes.pipeline.closed_form import Objective, layer_ns
-from galvatron_compile.passes.pipeline.knapsack import Menu
+from galvatron_compile.passes.pipeline.menu import Menu
 from galvatron_compile.passes.pipeline.patterns import Floats
 from galvatron_compile.passes.pipeline.problem import Bools, Ints, PipelineProblem
 from galvatron_compile.passes.pipeline.ranges import Ranges, class_counts

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -65,6 +65,19 @@ class Pattern:
     excess: float
     content: Content
     walks: tuple[Walk, ...]
+
+
+def fold(runs: list[Run]) -> list[Run]:
+    """Fold single layers, no two beside each other, and not the only run."""
+    result: list[Run] = []
+    for i, run in enumerate(runs):
+        can = run.length == 1 and run.tie < 0 and len(runs) > 1
+        if can and not (result and result[-1].folded):
+            before = runs[i - 1].kind if i and runs[i - 1].join_ns is not None else -1
+            after = -1 if run.join_ns is None else runs[i + 1].kind
+            run = replace(run, folded=True, kinds=(before, after))
+        result.append(run)
+    return result
 
 
 def switching_ns(runs: Sequence[Run], walks: Sequence[Walk]) -> int:

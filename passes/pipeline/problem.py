@@ -60,12 +60,13 @@ class StageCosts:
             *("forward_send_ns", "backward_send_ns"),
         ):
             numbers: Ints = getattr(self, name)
-            _check_numbers(name, numbers[self.allowed], numbers.shape == self.allowed.shape)
-        _check_numbers("layout", self.layout, self.layout.shape == (len(self.strategies),))
+            _check_numbers(name, numbers, self.allowed.shape, self.allowed)
+        _check_numbers("layout", self.layout, (len(self.strategies),))
         for (before, after), numbers in self.switch_ns.items():
             name = f"switch_ns[{before}, {after}]"
-            square = numbers.shape == (self.num_layouts, self.num_layouts)
-            _check_numbers(name, numbers, square and max(before, after) < self.num_classes)
+            if not 0 <= min(before, after) <= max(before, after) < self.num_classes:
+                raise PlanError(f"{name} must name classes 0 to {self.num_classes - 1}")
+            _check_numbers(name, numbers, (self.num_layouts, self.num_layouts))
             if np.diagonal(numbers).any():
                 raise PlanError(f"{name} must be 0 between equal layouts")
 
@@ -151,10 +152,15 @@ class PipelineProblem:
             )
 
 
-def _check_numbers(name: str, numbers: Ints, right_shape: bool) -> None:
-    if not right_shape or numbers.dtype != np.int64:
-        raise PlanError(f"{name} has the wrong shape or is not int64; see StageCosts")
-    if numbers.size and not (numbers.min() >= 0 and numbers.max() < _LARGEST):
+def _check_numbers(
+    name: str, numbers: Ints, shape: tuple[int, ...], allowed: Bools | None = None
+) -> None:
+    if numbers.shape != shape or numbers.dtype != np.int64:
+        raise PlanError(
+            f"{name} must be int64 of shape {shape}, got {numbers.dtype} of {numbers.shape}"
+        )
+    used = numbers if allowed is None else numbers[allowed]
+    if used.size and not (used.min() >= 0 and used.max() < _LARGEST):
         raise PlanError(f"{name} must lie between 0 and {_LARGEST}")
 
 

@@ -16,14 +16,15 @@ from itertools import pairwise, product
 
 import numpy as np
 
-from galvatron_compile.passes.pipeline.knapsack import Menu, fill, relax
+from galvatron_compile.passes.pipeline.choices import Choices
+from galvatron_compile.passes.pipeline.knapsack import fill, relax
+from galvatron_compile.passes.pipeline.menu import Menu
 from galvatron_compile.passes.pipeline.patterns import (
     Floats,
-    Item,
     Pattern,
     PatternSearch,
     Run,
-    Walk,
+    fold,
     folded_item,
     switching_ns,
 )
@@ -51,40 +52,15 @@ class Stage:
     options: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class _Costs:
-    """Options of one kind of layer: [options] each."""
-
-    options: Ints
-    time_ns: Ints
-    memory_bytes: Ints
-    transient_bytes: Ints
-    layout: Ints
-
-    def where(self, keep: Ints) -> _Costs:
-        return _Costs(
-            *(self.options[keep], self.time_ns[keep], self.memory_bytes[keep]),
-            *(self.transient_bytes[keep], self.layout[keep]),
-        )
-
-    def menu(self) -> Menu:
-        return Menu(self.options, self.time_ns, self.memory_bytes)
-
-
 _NUM_RANGES = 4  # of transient peaks, for a quick bound
-
-_Key = tuple[int, int, bool, bool]  # class, in flight, sends back, sends next
 
 
 class StageSolver:
-    """Solves the stages of one family. Costs and menus are made once per kind of layer."""
+    """Solves the stages of one family."""
 
     def __init__(self, tables: Tables) -> None:
         self.tables = tables
-        self.numbers: dict[_Key, int] = {}
-        self.costs: list[_Costs] = []
-        self.kinds: list[int] = []
-        self.menus: dict[tuple[object, ...], Menu] = {}
+        self.choices = Choices(tables)
 
     def solve(self, pieces: Sequence[Piece], limit: int | None = None) -> Stage | None:
         """The fastest options below ``limit`` nanoseconds; None if there are none that fit."""
@@ -98,89 +74,12 @@ class StageSolver:
         """The least capacity that would do; None if a layer has no option."""
         return _Group(self, pieces).smallest()
 
-    def menu_of(self, key: _Key) -> int:
-        """Number of this kind of layer among the solver's costs."""
-        if key in self.numbers:
-            return self.numbers[key]
-        tables, (kind, flight, back, following) = self.tables, key
-        options = np.flatnonzero(tables.allowed[kind])
-        time = tables.time_ns[kind, options]
-        if back:
-            time = time + tables.send_back_ns[kind, options]
-        if following:
-            time = time + tables.send_next_ns[kind, options]
-        memory = tables.state_bytes[kind, options] + flight * tables.saved_bytes[kind, options]
-        self.numbers[key] = len(self.costs)
-        self.kinds.append(kind)
-        self.costs.append(
-            _Costs(
-                *(options, time, memory),
-                *(tables.transient_bytes[kind, options], tables.layout[options]),
-            )
-        )
-        return self.numbers[key]
-
-    def menu(self, index: int, peak: int, layouts: Walk | None) -> Menu:
-        """Options of a kind of layer with a transient up to ``peak``, in some or all layouts."""
-        key = (index, peak, layouts)
-        if key not in self.menus:
-            costs = self.costs[index]
-            keep = costs.transient_bytes <= peak
-            if layouts is not None:
-                keep &= np.isin(costs.layout, layouts)
-            self.menus[key] = costs.where(np.flatnonzero(keep)).menu()
-        return self.menus[key]
-
-    def folded_menu(self, item: Item, peak: int) -> Menu:
-        """Options of a single layer with the switching on both sides of it."""
-        key = (item, peak)
-        if key not in self.menus:
-            (_, index, before, after), (a, b) = item
-            costs, kind, switch = self.costs[index], self.kinds[index], self.tables.switch
-            time = costs.time_ns
-            if before >= 0:
-                time = time + switch(before, kind)[a, costs.layout]
-            if after >= 0:
-                time = time + switch(kind, after)[costs.layout, b]
-            keep = np.flatnonzero(costs.transient_bytes <= peak)
-            self.menus[key] = replace(costs, time_ns=time).where(keep).menu()
-        return self.menus[key]
-
-    def tied_menu(self, members: tuple[int, ...], peak: int, layout: int | None) -> Menu | None:
-        """Options that all tied layers can take; None if there is none."""
-        key = ("tie", members, peak, layout)
-        if key not in self.menus:
-            joint = self.joint(members)
-            keep = joint.transient_bytes <= peak
-            if layout is not None:
-                keep &= joint.layout == layout
-            if not keep.any():
-                return None
-            self.menus[key] = joint.where(np.flatnonzero(keep)).menu()
-        return self.menus[key]
-
-    def joint(self, members: tuple[int, ...]) -> _Costs:
-        """Costs of several layers that take one option together."""
-        shared = self.costs[members[0]].options
-        for index in members[1:]:
-            shared = np.intersect1d(shared, self.costs[index].options)
-        parts = []
-        for index in members:
-            costs = self.costs[index]
-            parts.append(costs.where(np.searchsorted(costs.options, shared)))
-        return replace(
-            parts[0],
-            time_ns=np.sum([part.time_ns for part in parts], axis=0),
-            memory_bytes=np.sum([part.memory_bytes for part in parts], axis=0),
-            transient_bytes=np.max([part.transient_bytes for part in parts], axis=0),
-        )
-
 
 class _Group:
     """One group: its runs, and branch and bound over ranges of the transient peak."""
 
     def __init__(self, solver: StageSolver, pieces: Sequence[Piece]) -> None:
-        self.solver, self.tables = solver, solver.tables
+        self.choices, self.tables = solver.choices, solver.tables
         self.capacity = solver.tables.problem.capacity_bytes
         self.offset_ns = 0  # sends that cost the same under every option
         self.runs = [run for piece in pieces for run in self.piece_runs(piece)]
@@ -191,9 +90,9 @@ class _Group:
         # A tie with a single layer in this group ties nothing.
         self.members = {tie: tuple(menus) for tie, menus in members.items() if len(menus) > 1}
         self.runs = [run if run.tie in self.members else replace(run, tie=-1) for run in self.runs]
-        self.runs = _fold(self.runs)
-        parts = [solver.costs[run.menu] for run in self.runs if run.tie < 0]
-        parts += [solver.joint(menus) for menus in self.members.values()]
+        self.runs = fold(self.runs)
+        parts = [self.choices.costs[run.menu] for run in self.runs if run.tie < 0]
+        parts += [self.choices.joint(menus) for menus in self.members.values()]
         if any(not len(part.options) for part in parts):
             self.thresholds: Ints = np.zeros(0, dtype=np.int64)
         else:
@@ -218,7 +117,7 @@ class _Group:
             join = None
             if end < piece.last:
                 join = tables.switch(kind, int(tables.classes[end]))
-            menu = self.solver.menu_of((kind, piece.flight, *marks[start][1:]))
+            menu = self.choices.menu_of((kind, piece.flight, *marks[start][1:]))
             tie = tables.tie_of.get(first, -1)
             yield Run(menu, tie, first, length, kind, tables.switch(kind, kind), join)
 
@@ -231,15 +130,15 @@ class _Group:
         return True
 
     def smallest(self) -> int | None:
-        solver, best = self.solver, None
+        choices, best = self.choices, None
         for peak in self.thresholds.tolist():
             needed = peak + sum(
-                run.length * int(solver.menu(run.menu, peak, None).memory_bytes[0])
+                run.length * int(choices.menu(run.menu, peak, None).memory_bytes[0])
                 for run in self.runs
                 if run.tie < 0
             )
             for members in self.members.values():
-                menu = solver.tied_menu(members, peak, None)
+                menu = choices.tied_menu(members, peak, None)
                 assert menu is not None
                 needed += int(menu.memory_bytes[0])
             best = needed if best is None else min(best, needed)
@@ -258,7 +157,7 @@ class _Group:
 
     def relax(self, peak: int, capacity: int) -> tuple[float, float] | None:
         """(bound, multiplier) without switching; None if nothing fits."""
-        menus = [self.solver.menu(run.menu, peak, None) for run in self.runs]
+        menus = [self.choices.menu(run.menu, peak, None) for run in self.runs]
         found = relax(menus, [run.length for run in self.runs], capacity)
         if found is None:
             return None
@@ -309,7 +208,7 @@ class _Group:
         """[layouts] of every run, once for every choice of a layout by each tie."""
         by_menu: dict[int, Floats] = {}
         for index in {run.menu for run in self.runs}:
-            costs = self.solver.costs[index]
+            costs = self.choices.costs[index]
             value = costs.time_ns + multiplier * costs.memory_bytes
             value = np.where(costs.transient_bytes <= peak, value, np.inf)
             least = np.full(self.tables.num_layouts, np.inf)
@@ -317,7 +216,7 @@ class _Group:
             by_menu[index] = least - least.min()
         layouts = range(self.tables.num_layouts)
         choices = [
-            [q for q in layouts if self.solver.tied_menu(members, peak, q) is not None]
+            [q for q in layouts if self.choices.tied_menu(members, peak, q) is not None]
             for members in self.members.values()
         ]
         for chosen in product(*choices):
@@ -337,11 +236,11 @@ class _Group:
         for item, count in pattern.content:
             name, layouts = item
             if name[0] == "fold":
-                menu: Menu | None = self.solver.folded_menu(item, peak)
+                menu: Menu | None = self.choices.folded_menu(item, peak)
             elif name[0] == "tie":
-                menu = self.solver.tied_menu(self.members[name[1]], peak, layouts[0])
+                menu = self.choices.tied_menu(self.members[name[1]], peak, layouts[0])
             else:
-                menu = self.solver.menu(name[1], peak, layouts)
+                menu = self.choices.menu(name[1], peak, layouts)
             assert menu is not None
             menus.append(menu)
             counts.append(count)
@@ -391,21 +290,8 @@ class _Group:
     def of_layers(self, stage: Stage, name: str) -> list[int]:
         result: list[int] = []
         for run in self.runs:
-            costs = self.solver.costs[run.menu]
+            costs = self.choices.costs[run.menu]
             options = stage.options[len(result) : len(result) + run.length]
             at = np.searchsorted(costs.options, options)
             result += getattr(costs, name)[at].tolist()
         return result
-
-
-def _fold(runs: list[Run]) -> list[Run]:
-    """Fold single layers, no two beside each other, and not the only run."""
-    result: list[Run] = []
-    for i, run in enumerate(runs):
-        can = run.length == 1 and run.tie < 0 and len(runs) > 1
-        if can and not (result and result[-1].folded):
-            before = runs[i - 1].kind if i and runs[i - 1].join_ns is not None else -1
-            after = -1 if run.join_ns is None else runs[i + 1].kind
-            run = replace(run, folded=True, kinds=(before, after))
-        result.append(run)
-    return result
