@@ -22,6 +22,7 @@ from galvatron_compile.graph import Graph, LayeredGraph
 from galvatron_compile.job import Job
 from galvatron_compile.layer_timing import default_cache_dir, measure_layers
 from galvatron_compile.mesh import Mesh
+from galvatron_compile.on_meta import buffers_on_meta, with_buffers
 from galvatron_compile.parallel_model import ParallelModel
 from galvatron_compile.passes.annotate import Workload, annotate, micro_batch_counts
 from galvatron_compile.passes.batch import batch
@@ -164,9 +165,9 @@ def understand(
     precision: Precision,
 ) -> LayeredGraph:
     """capture (once per kind of layer) → batch → layers, in the dtype that will compute."""
-    with computing_in(model, precision):
+    with computing_in(model, precision), buffers_on_meta(model) as real:
         graph = capture_once(model, precision.cast_all(example_inputs), loss_fn)
-    graph = batch(graph)
+    graph = batch(with_buffers(graph, real))
     return find_layers(graph)
 
 
