@@ -20,6 +20,8 @@ from galvatron_compile.job import Job
 FormKey = tuple[int, int, bool]  # class index, tensor-parallel degree, sequence parallel
 TimingKey = tuple[int, int, bool, int]  # … and the micro-batch size on one rank
 
+LONGEST_RUN_MS = 200.0  # forward and backward; what takes longer is extrapolated from less
+
 
 @dataclass(frozen=True)
 class LayerTiming:
@@ -31,31 +33,58 @@ class LayerTiming:
 
 @dataclass(frozen=True)
 class Experiment:
-    """One layer graph to time. ``text`` describes all that its time depends on but the device."""
+    """One form of a layer to time at some batch sizes.
 
-    key: TimingKey
+    text: describes all that the time depends on but the batch size and the device.
+    sizes: local batches whose times are wanted, ascending; may be empty if none fits.
+    first: the batch size to begin with, which is quick and need not be one of ``sizes``.
+    prepare: batch size -> a function that runs forward and returns the outputs.
+    """
+
+    form: FormKey
     text: str
-    forward: Callable[[], Any]
+    sizes: tuple[int, ...]
+    first: int
+    prepare: Callable[[int], Callable[[], Any]]
+
+    def next_size(self, size: int, timing: LayerTiming) -> int | None:
+        """The size to time after ``size`` took ``timing``; None if no other says more.
+
+        As large as wanted and as LONGEST_RUN_MS allows if times grow with the size. Launches are
+        most of the time of small sizes, so that the next time may allow a yet larger one.
+        """
+        total_ms = max(timing.forward_ms + timing.backward_ms, 1e-3)
+        largest, affordable = max(self.sizes, default=size), int(size * LONGEST_RUN_MS / total_ms)
+        within = [s for s in self.sizes if size < s <= affordable]
+        if within and (within[-1] >= 2 * size or within[-1] == largest):
+            return within[-1]
+        return affordable if 2 * size <= affordable < largest else None
 
 
 def interpolate(
     timings: Mapping[TimingKey, LayerTiming], form: FormKey, batch: float
 ) -> LayerTiming | None:
-    """The time at a batch size between (or beyond) measured ones, linear in the batch size."""
+    """The time at a batch size between (or beyond) measured ones, linear in the batch size.
+
+    From a single size, or where noise made the larger of two the quicker one, beyond it: in
+    proportion.
+    """
     sizes = sorted(key[3] for key in timings if key[:3] == form)
     if not sizes:
         return None
     if batch in sizes:
         return timings[(*form, int(batch))]
     if len(sizes) == 1:
-        only = timings[(*form, sizes[0])]
-        return LayerTiming(only.forward_ms, only.backward_ms)
+        only, share = timings[(*form, sizes[0])], batch / sizes[0]
+        return LayerTiming(only.forward_ms * share, only.backward_ms * share)
     above = next((k for k, size in enumerate(sizes) if size > batch), len(sizes) - 1)
     low, high = sizes[max(0, above - 1)], sizes[max(1, above)]
     first, second = timings[(*form, low)], timings[(*form, high)]
     share = (batch - low) / (high - low)
 
     def between(a: float, b: float) -> float:
+        if share > 1 and b < a:
+            return b * batch / high
         return max(a + share * (b - a), 0.0)
 
     return LayerTiming(
@@ -72,19 +101,22 @@ def measure_layers(
 ) -> dict[TimingKey, LayerTiming]:
     """Time every experiment on all ranks at once, so that sharing of the machine counts.
 
-    Collective. The result is the mean over ranks, the same on every rank. Rank 0 reads and writes
-    the cache (``cache_dir``, one JSON file a machine); nothing is cached if it is None.
+    Collective. The result is the mean over ranks, the same on every rank. A size for which any
+    rank has not enough memory, and all larger ones, are left out on every rank. Rank 0 reads and
+    writes the cache (``cache_dir``, one JSON file a machine); nothing is cached if it is None.
     """
     experiments = list(experiments)
     place = _machine(job)
     cached = job.gather(_read_cache(cache_dir, place) if job.rank == 0 else {})[0]
     timings: dict[TimingKey, LayerTiming] = {}
     for done, experiment in enumerate(experiments):
-        name = hashlib.sha256(experiment.text.encode()).hexdigest()[:24]
-        if name not in cached:
-            both = job.everyone(partial(_time, experiment.forward, job.device))
-            cached[name] = [statistics.fmean(times) for times in zip(*both, strict=True)]
-        timings[experiment.key] = LayerTiming(*cached[name])
+        size: int | None = experiment.first
+        while size is not None:
+            timing = _timing(experiment, size, job, cached)
+            if timing is None:
+                break
+            timings[(*experiment.form, size)] = timing
+            size = experiment.next_size(size, timing)
         if progress is not None:
             progress(done + 1, len(experiments))
     if job.rank == 0 and cache_dir is not None:
@@ -92,8 +124,46 @@ def measure_layers(
     return timings
 
 
-def _time(forward: Callable[[], Any], device: torch.device) -> tuple[float, float]:
-    """Median of repeated runs after one to warm up; at most about half a second in all."""
+def _timing(
+    experiment: Experiment, size: int, job: Job, cached: dict[str, list[float]]
+) -> LayerTiming | None:
+    """From the cache, or measured and put there; None if some rank has not enough memory."""
+    name = hashlib.sha256(f"{experiment.text} batch={size}".encode()).hexdigest()[:24]
+    if name not in cached:
+        each = job.everyone(partial(_time, experiment.prepare, size, job.device))
+        known = [times for times in each if times is not None]
+        if len(known) < len(each):
+            return None
+        cached[name] = [statistics.fmean(times) for times in zip(*known, strict=True)]
+    return LayerTiming(*cached[name])
+
+
+def _time(
+    prepare: Callable[[int], Callable[[], Any]], size: int, device: torch.device
+) -> tuple[float, float] | None:
+    """Forward and backward in ms; None if the memory does not suffice."""
+    try:
+        return _medians(prepare(size), device)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """PyTorch has a class of its own for this on GPUs only."""
+    signs = ("can't allocate memory", "bad_alloc", "ALLOC_FAILED", "out of memory")
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or any(sign in str(error) for sign in signs)
+
+
+def _medians(forward: Callable[[], Any], device: torch.device) -> tuple[float, float]:
+    """Of repeated runs after one to warm up; at most about half a second in all.
+
+    A run of a second or more is its own warm-up.
+    """
     pairs: list[tuple[float, float]] = []
     deadline = time.perf_counter() + 0.4
     while len(pairs) < 2 or (len(pairs) < 9 and time.perf_counter() < deadline):
@@ -102,7 +172,9 @@ def _time(forward: Callable[[], Any], device: torch.device) -> tuple[float, floa
         middle = _now(device)
         torch.autograd.backward(outputs, [torch.ones_like(t) for t in outputs])
         pairs.append((middle - start, _now(device) - middle))
-    kept = pairs[1:]
+        if sum(pairs[0]) > 1:
+            break
+    kept = pairs[1:] or pairs
     return (
         statistics.median(pair[0] for pair in kept) * 1e3,
         statistics.median(pair[1] for pair in kept) * 1e3,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from galvatron_compile.costs import CostTable
 from galvatron_compile.plan import Plan
 from galvatron_compile.strategy import Strategy
 from galvatron_compile.text import columns, mib, ms
@@ -35,11 +36,13 @@ class SearchReport:
 
     candidates: those that fit, fastest first; then those too large, smallest first; then those
     that some layer cannot run. ``num_left_out`` more were considered and are not listed.
+    costs: what every layer class costs under every strategy; print it to see why.
     """
 
     best: Plan
     memory_limit_bytes: int
     candidates: tuple[Candidate, ...]
+    costs: CostTable = field(repr=False, compare=False)
     num_left_out: int = 0
 
     def __str__(self) -> str:
@@ -58,7 +61,16 @@ class SearchReport:
         ]
         title = f"candidate strategies (memory limit {mib(self.memory_limit_bytes)} MiB a rank)"
         more = [f"… and {self.num_left_out} more"] if self.num_left_out else []
-        return "\n".join([title, "", *lines, *more])
+        return "\n".join([title, "", *lines, *more, "", f"best plan: {sources(self.best)}"])
+
+
+def sources(plan: Plan) -> str:
+    """Where a priced plan's times of computation come from, as a person reads it."""
+    counts = plan.predicted["sources"]
+    return (
+        f"computation of {counts['measured']} layers timed on this device, of "
+        f"{counts['analytic']} estimated from operations and bytes"
+    )
 
 
 def _row(candidate: Candidate) -> list[str]:

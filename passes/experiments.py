@@ -2,68 +2,117 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx
 
 from galvatron_compile.graph import LayeredGraph
-from galvatron_compile.layer_timing import Experiment, FormKey
+from galvatron_compile.layer_timing import LONGEST_RUN_MS, Experiment, FormKey
 from galvatron_compile.mesh import Axis
-from galvatron_compile.passes.annotate import Workload
-from galvatron_compile.passes.arguments import differentiable_flags, make_arguments
+from galvatron_compile.passes.annotate import Workload, legal_counts
+from galvatron_compile.passes.arguments import (
+    concrete_shape,
+    differentiable_flags,
+    make_arguments,
+    placeholders,
+)
+from galvatron_compile.passes.layer_estimate import LARGE, Estimator
 from galvatron_compile.passes.normalise import retarget_devices
 from galvatron_compile.passes.sharding import localise
-from galvatron_compile.passes.sharding.table import ShardingTable
+from galvatron_compile.passes.tally import Tally
 from galvatron_compile.printer import full_name
 from galvatron_compile.strategy import Strategy
+
+# What any device of the kind reaches. The profile's rates say nothing of the device at hand, which
+# may be a laptop that plans for a cluster of GPUs.
+_FLOPS_PER_S = {"cpu": 1e10, "cuda": 1e12}
+_BYTES_PER_S = {"cpu": 1e9, "cuda": 5e10}
+_LONGEST_FIRST_RUN_MS = 10_000.0
 
 
 def experiments(
     layered: LayeredGraph,
-    shardings: ShardingTable,
-    strategies: Sequence[Strategy],
+    estimator: Estimator,
+    uses: Iterable[tuple[int, Strategy]],
     workload: Workload,
     device: torch.device,
+    memory_bytes: int,
 ) -> list[Experiment]:
-    """Every form of every class, at the smallest and the largest local batch that plans may use.
+    """Every form that the (class index, strategy) pairs use, at local batches that plans may use.
 
-    Times in between are interpolated (galvatron_compile.layer_timing.interpolate).
+    Left out are sizes that need more than ``memory_bytes``: a plan with that limit cannot use them
+    either, and where it is this device that is too small, times are extrapolated from smaller
+    sizes. A form that is too large or too slow at a single sample is left out whole.
     """
     runs = []
-    for class_index, layer_class in enumerate(layered.classes):
-        for form, batches in _forms(class_index, shardings, strategies, workload).items():
-            _, tp, sp = form
-            strategy = next(
-                s for s in strategies if (s.tp, s.sequence_parallel) == (tp, sp)
-            )
-            sharded = shardings.get(class_index, strategy)
-            graph = localise(sharded, Axis.dry_run(f"tp{tp}", tp))
-            retarget_devices(graph, device)
-            for size in sorted({min(batches), max(batches)}):
-                text = f"{_describe(graph, layered)} batch={size}"
-                run = _runner(graph, layered, layer_class.kinds, size, device)
-                runs.append(Experiment((*form, size), text, run))
+    for form, (strategy, batches) in _forms(layered, estimator, uses, workload).items():
+        class_index, tp, _ = form
+        graph = localise(
+            estimator.shardings.get(class_index, strategy), Axis.dry_run(f"tp{tp}", tp)
+        )
+        retarget_devices(graph, device)
+        needed = partial(_needed_bytes, estimator, class_index, strategy, graph)
+        _, counted = estimator.tallies_of(class_index, strategy)
+        first = _first_size(min(batches), _sample_ms(counted, device))
+        if first and needed(first) > memory_bytes:
+            first = 1
+        if first and needed(first) <= memory_bytes:
+            sizes = tuple(size for size in sorted(batches) if needed(size) <= memory_bytes)
+            prepare = _runner(graph, layered, layered.classes[class_index].kinds, device)
+            runs.append(Experiment(form, _describe(graph, layered), sizes, first, prepare))
     return runs
 
 
 def _forms(
-    class_index: int,
-    shardings: ShardingTable,
-    strategies: Sequence[Strategy],
+    layered: LayeredGraph,
+    estimator: Estimator,
+    uses: Iterable[tuple[int, Strategy]],
     workload: Workload,
-) -> dict[FormKey, set[int]]:
-    """Local batch sizes that each form of the class may run with."""
-    wanted: dict[FormKey, set[int]] = {}
-    for strategy in strategies:
-        if shardings.why_not(class_index, strategy) is None:
-            form = (class_index, strategy.tp, strategy.sequence_parallel)
-            for count in workload.micro_batch_counts:
-                local, rest = divmod(workload.global_batch_size, count * strategy.dp)
-                if not rest:
-                    wanted.setdefault(form, set()).add(local)
-    return wanted
+) -> dict[FormKey, tuple[Strategy, set[int]]]:
+    """Of every form one strategy that has it, and the local batches that it may run with."""
+    wanted: dict[FormKey, tuple[Strategy, set[int]]] = {}
+    for class_index, strategy in uses:
+        if estimator.shardings.why_not(class_index, strategy) is None:
+            counts = legal_counts(strategy, workload, layered)
+            sizes = {workload.global_batch_size // (count * strategy.dp) for count in counts}
+            if sizes:
+                form = (class_index, strategy.tp, strategy.sequence_parallel)
+                wanted.setdefault(form, (strategy, set()))[1].update(sizes)
+    return dict(sorted(wanted.items()))
+
+
+def _sample_ms(counted: Tally, device: torch.device) -> float:
+    """Forward and backward of one sample, on the slowest device of the kind."""
+    work = [*counted.forward, *counted.backward]
+    flops_s = sum(count.flops for count in work) / _FLOPS_PER_S[device.type]
+    bytes_s = sum(count.num_bytes for count in work) / _BYTES_PER_S[device.type]
+    return (flops_s + bytes_s) * 1e3 / LARGE
+
+
+def _first_size(smallest: int, sample_ms: float) -> int:
+    """The smallest local batch if it is quick for sure, else what is; 0 if nothing may be."""
+    if smallest * sample_ms <= LONGEST_RUN_MS:
+        return smallest
+    if sample_ms <= _LONGEST_FIRST_RUN_MS:
+        return max(1, int(LONGEST_RUN_MS / sample_ms))
+    return 0
+
+
+def _needed_bytes(
+    estimator: Estimator, class_index: int, strategy: Strategy, graph: fx.GraphModule, size: int
+) -> int:
+    """The arguments, their gradients, and at most what lives in between."""
+    arguments_bytes = 0
+    for node in placeholders(graph):
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor):
+            shape = concrete_shape(value, estimator.layered.graph.batch_symbol, size)
+            arguments_bytes += math.prod(shape) * value.element_size()
+    return 2 * arguments_bytes + estimator.estimate(class_index, strategy, size).peak_bytes
 
 
 def _describe(graph: fx.GraphModule, layered: LayeredGraph) -> str:
@@ -77,23 +126,21 @@ def _describe(graph: fx.GraphModule, layered: LayeredGraph) -> str:
 
 
 def _runner(
-    graph: fx.GraphModule,
-    layered: LayeredGraph,
-    kinds: tuple[str, ...],
-    batch_size: int,
-    device: torch.device,
-) -> Callable[[], Any]:
-    """A function that runs the graph on fresh arguments, made when first called."""
+    graph: fx.GraphModule, layered: LayeredGraph, kinds: tuple[str, ...], device: torch.device
+) -> Callable[[int], Callable[[], Any]]:
+    """batch size -> a function that runs the graph, on arguments that live as long as it does."""
     flags = differentiable_flags(graph, kinds)
-    made: list[Any] = []
+    symbol = layered.graph.batch_symbol
 
-    def forward() -> Any:
-        if not made:
-            symbol = layered.graph.batch_symbol
-            made.extend(make_arguments(graph, symbol, batch_size, device))
-        for value, wanted in zip(made, flags, strict=True):
-            if wanted:
-                value.requires_grad_(True).grad = None
-        return graph(*made)
+    def prepare(batch_size: int) -> Callable[[], Any]:
+        made = make_arguments(graph, symbol, batch_size, device)
 
-    return forward
+        def forward() -> Any:
+            for value, wanted in zip(made, flags, strict=True):
+                if wanted:
+                    value.requires_grad_(True).grad = None
+            return graph(*made)
+
+        return forward
+
+    return prepare

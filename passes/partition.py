@@ -80,7 +80,8 @@ def search(
     ]
     candidates.sort(key=_rank)
     shown = candidates[:num_candidates]
-    return SearchReport(best, memory_bytes, tuple(shown), len(candidates) - len(shown))
+    num_left_out = len(candidates) - len(shown)
+    return SearchReport(best, memory_bytes, tuple(shown), table, num_left_out)
 
 
 def _check(table: CostTable, layer_names: Sequence[str], global_batch_size: int) -> None:

@@ -126,7 +126,8 @@ def price(table: CostTable, plan: Plan) -> Mapping[str, Any]:
 
     ``step_ms`` and ``memory_bytes`` per rank; the parts of the time (``compute_ms``,
     ``tensor_comm_ms``, ``data_comm_ms`` exposed, ``optimizer_ms``, ``resharding_ms``); the largest
-    ``transient_bytes``; ``layers``: one mapping per layer.
+    ``transient_bytes``; ``sources``: of how many layers the computation was measured, of how many
+    it is analytic; ``layers``: one mapping per layer.
 
     Raises PlanError where the plan does not belong to the table or uses what it does not offer.
     """
@@ -156,6 +157,10 @@ def price(table: CostTable, plan: Plan) -> Mapping[str, Any]:
         "optimizer_ms": sum(time.optimizer_ms for time in times),
         "resharding_ms": sum(resharding_ns) / NS_PER_MS,
         "transient_bytes": transient,
+        "sources": {
+            source: sum(cost.source == source for cost in costs)
+            for source in ("measured", "analytic")
+        },
         "layers": [
             {
                 "step_ms": ns / NS_PER_MS,

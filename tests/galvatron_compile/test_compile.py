@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import galvatron_compile as gc
-from galvatron_compile import notation
+from galvatron_compile import decisions, notation, passes
+from galvatron_compile.layer_timing import LayerTiming
 
 MODELS = str(Path(__file__).parents[1] / "equivalence")
 STEPS = 2
@@ -120,6 +123,42 @@ def test_the_searched_plan_fits_and_trains_as_one_process(ranks: Any) -> None:
     assert any(word in plans[1] for word in ("zero", "recompute", "tp2", "micro")), plans
 
 
+def on_one_rank(**arguments: Any) -> Any:
+    model, batch = odd_gpt(MODELS)
+    profile = arguments.pop("profile", None) or gc.ClusterProfile.preset("1xH100")
+    return gc.compile(model, profile, example_inputs=batch, **arguments)
+
+
+def test_a_search_keeps_its_costs_and_says_where_times_come_from() -> None:
+    parallel = on_one_rank(measure=False)
+    assert str(parallel.search.costs).startswith("cost table for 1 ranks: global batch 8 in 1 of")
+    count = len(parallel.plan.layers)
+    assert parallel.plan.predicted["sources"] == {"measured": 0, "analytic": count}
+    assert f"computation of 0 layers timed on this device, of {count}" in parallel.report()
+
+
+def test_layers_are_timed_within_the_memory_of_this_device(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A global batch that fits the profile's memory but not this machine's is planned all the
+    same; an H100 would hold all of it in one micro-batch."""
+    monkeypatch.setenv("GALVATRON_CACHE", str(tmp_path))
+    monkeypatch.setattr(decisions, "free_bytes", lambda device, num_sharing: 2**22)
+    largest: list[int] = []
+    make = passes.experiments.make_arguments
+
+    def watched(graph: Any, symbol: Any, size: int, device: Any) -> list[Any]:
+        largest.append(size)
+        return make(graph, symbol, size, device)
+
+    monkeypatch.setattr(passes.experiments, "make_arguments", watched)
+    parallel = on_one_rank(global_batch_size=2**16)
+    assert parallel.plan.global_batch_size == 2**16
+    # A sample is 12 tokens of 16 numbers of 8 bytes.
+    assert largest and max(largest) * 12 * 16 * 8 < 2**22
+    assert parallel.plan.predicted["sources"]["measured"] == len(parallel.plan.layers)
+
+
 # --- plans that are given -----------------------------------------------------------------------
 
 
@@ -143,6 +182,40 @@ def three_spellings(folder: str, path: str) -> None:
 
 def test_a_plan_is_given_as_text_path_or_plan(ranks: Any, tmp_path: Path) -> None:
     ranks(2).run(three_spellings, MODELS, str(tmp_path))
+
+
+def test_a_given_plan_is_timed_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only its own forms, at its own batch size; without ``measure`` nothing is, and it says so."""
+    asked: list[Any] = []
+
+    def timed(runs: Any, *_: Any) -> dict[Any, LayerTiming]:
+        asked.extend(runs)
+        return {(*run.form, 2): LayerTiming(1000.0, 2000.0) for run in runs if run.form[0]}
+
+    monkeypatch.setattr(decisions, "measure_layers", timed)
+    parallel = on_one_rank(plan="dp1.recompute; micro=4")
+    classes = {run.form[0] for run in asked}
+    assert len(asked) == len(classes) > 1
+    assert {run.form[1:] for run in asked} == {(1, False)}
+    assert {run.sizes for run in asked} == {(2,)}
+    count = len(parallel.plan.layers)
+    assert parallel.plan.predicted["sources"] == {"measured": count - 1, "analytic": 1}
+    assert parallel.plan.predicted["compute_ms"] > (count - 1) * 4 * 3000
+    assert f"computation of {count - 1} layers timed on this device, of 1" in parallel.report()
+    asked.clear()
+    parallel = on_one_rank(plan="dp1.recompute; micro=4", measure=False)
+    assert not asked
+    assert parallel.plan.predicted["sources"] == {"measured": 0, "analytic": count}
+    assert f"computation of 0 layers timed on this device, of {count}" in parallel.report()
+
+
+def test_a_given_plan_beyond_the_device_s_memory_is_run_with_a_remark() -> None:
+    profile = gc.ClusterProfile.preset("1xH100")
+    reserve = int(profile.reserve_bytes.value)
+    small = replace(profile, device=replace(profile.device, memory_bytes=reserve + 1000))
+    remark = r"remark: the plan 'dp1' needs .* more than the 0\.0 MiB [(]1000 bytes[)] that a rank"
+    assert re.search(remark, on_one_rank(plan="dp1", measure=False, profile=small).report())
+    assert "remark: the plan" not in on_one_rank(plan="dp1", measure=False).report()
 
 
 class Renamed(nn.Module):
@@ -352,6 +425,72 @@ def test_dropout_is_repeated_by_recompute_and_agrees_where_values_are_replicated
     ranks: Any,
 ) -> None:
     ranks(2).run(dropout, MODELS)
+
+
+class Drops(nn.Module):
+    """A residual block that drops in its hidden layer and in what it adds, on equal samples.
+
+    ``places`` is added at every position of every sample, so that its gradient in a row says which
+    elements were dropped there.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.samples, self.places = nn.Embedding(4, 8), nn.Parameter(torch.zeros(6, 8))
+        self.norm = nn.LayerNorm(8)
+        self.up, self.down = nn.Linear(8, 64, bias=False), nn.Linear(64, 8)
+        self.out = nn.Linear(8, 1)
+        with torch.no_grad():
+            self.samples.weight.copy_(torch.randn(1, 8).expand(4, 8))
+            self.up.weight.copy_(self.up.weight[:1].expand(64, 8))  # equal hidden features
+            self.down.weight.copy_(self.down.weight[:, :1].expand(8, 64))
+        self.double()
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.samples(ids).unsqueeze(1) + self.places
+        x = F.dropout(self.norm(x), 0.5, self.training)
+        hidden = F.dropout(torch.tanh(self.up(x)), 0.5, self.training)
+        x = x + F.dropout(self.down(hidden), 0.5, self.training)
+        return self.out(x).square().sum()
+
+
+def drop(plan: str) -> dict[str, torch.Tensor]:
+    """The gradients of one step, on rank 0; where both ranks hold a parameter whole, their own
+    gradients must be one."""
+    batch = {"ids": torch.arange(4)}
+    parallel = compiled(Drops(), batch, plan=plan)
+    parallel.step(parallel.local_batch(batch))
+    if plan == "tp2":
+        for entry in parallel._states.entries:
+            if not entry.layout.tensor.is_shard:
+                each = [torch.empty_like(entry.master.grad) for _ in range(2)]
+                dist.all_gather(each, entry.master.grad.contiguous())
+                torch.testing.assert_close(each[0], each[1], rtol=1e-12, atol=1e-14)
+    return parallel.full_gradients()
+
+
+@pytest.mark.parametrize(
+    ("plan", "name", "dim"),
+    [
+        ("tp2", "down.weight", 1),  # hidden features
+        ("tp2.sp", "places", 0),  # positions
+        ("dp2", "samples.weight", 0),
+        ("dp2.zero3.recompute", "samples.weight", 0),
+        ("dp2; micro=2", "samples.weight", 0),
+    ],
+)
+def test_the_parts_of_a_sharded_region_draw_different_masks(
+    ranks: Any, plan: str, name: str, dim: int
+) -> None:
+    """With one mask for both, the gradients of the two parts would be the same."""
+    gradient = ranks(2).run(drop, plan)[0][name]
+    first, second = gradient.chunk(2, dim)
+    assert not torch.allclose(first, second)
+    if "micro" in plan:  # one sample a rank and micro-batch: four masks
+        rows = gradient.unbind(0)
+        pairs = [(a, b) for at, a in enumerate(rows) for b in rows[:at]]
+        assert not any(torch.allclose(one, other) for one, other in pairs)
 
 
 # --- one process --------------------------------------------------------------------------------

@@ -1,12 +1,18 @@
-"""Measured layer times: interpolation and the cache on disk."""
+"""Measured layer times: which sizes are run, interpolation, and the cache on disk."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from galvatron_compile import layer_timing
 from galvatron_compile.job import Job
 from galvatron_compile.layer_timing import (
     Experiment,
@@ -16,6 +22,7 @@ from galvatron_compile.layer_timing import (
 )
 
 FORM = (0, 2, False)
+JOB = Job(0, 1, torch.device("cpu"))
 TIMINGS = {(*FORM, 2): LayerTiming(1.0, 2.0), (*FORM, 10): LayerTiming(5.0, 8.0)}
 
 
@@ -35,29 +42,118 @@ def test_a_form_that_was_not_measured_has_no_time() -> None:
     assert interpolate(TIMINGS, (1, 2, False), 4) is None
 
 
+def test_one_size_is_scaled_and_noise_never_makes_more_samples_quicker() -> None:
+    found = interpolate({(*FORM, 2): LayerTiming(1.0, 2.0)}, FORM, 6)
+    assert found is not None
+    assert (found.forward_ms, found.backward_ms) == pytest.approx((3.0, 6.0))
+    noisy = {(*FORM, 2): LayerTiming(1.0, 2.0), (*FORM, 4): LayerTiming(0.8, 2.0)}
+    found = interpolate(noisy, FORM, 16)
+    assert found is not None
+    assert (found.forward_ms, found.backward_ms) == pytest.approx((3.2, 2.0))
+
+
+# --- which sizes are timed ----------------------------------------------------------------------
+
+
+def sizes_of(
+    monkeypatch: pytest.MonkeyPatch,
+    total_ms: Callable[[int], float],
+    wanted: tuple[int, ...],
+    first: int,
+) -> list[int]:
+    """The sizes that are run if one of ``size`` samples takes ``total_ms(size)``."""
+    run: list[int] = []
+
+    def medians(forward: Callable[[], int], device: torch.device) -> tuple[float, float]:
+        size = forward()
+        if total_ms(size) == math.inf:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
+        run.append(size)
+        return total_ms(size) / 3, total_ms(size) * 2 / 3
+
+    monkeypatch.setattr(layer_timing, "_medians", medians)
+    experiment = Experiment(FORM, "", wanted, first, lambda size: lambda: size)
+    timings = measure_layers([experiment], Job(0, 1, torch.device("cpu")), None)
+    assert sorted(timings) == [(*FORM, size) for size in sorted(run)]
+    return run
+
+
+@pytest.mark.parametrize(
+    ("total_ms", "wanted", "first", "run"),
+    [
+        (lambda size: 0.01 * size, (4, 8, 512), 4, [4, 512]),  # quick: the ends are enough
+        (lambda size: 10.0 * size, (8, 16, 64, 512), 1, [1, 16]),  # 200 ms are 20 samples
+        (lambda size: 50.0 * size, (8, 16, 512), 1, [1, 4]),  # all too slow: a small pair
+        (lambda size: 300.0 * size, (8, 16, 512), 1, [1]),
+        (lambda size: 1.0 + 0.01 * size, (8, 128, 4096), 1, [1, 128, 4096]),  # launches, at first
+        (lambda size: 1.0 * size, (8,), 8, [8]),
+        (lambda size: 1.0 if size < 8 else math.inf, (8, 16, 512), 1, [1]),  # too large
+        (lambda size: math.inf, (8, 16, 512), 8, []),
+    ],
+)
+def test_no_run_is_much_longer_than_wanted_nor_too_large_for_the_memory(
+    monkeypatch: pytest.MonkeyPatch,
+    total_ms: Callable[[int], float],
+    wanted: tuple[int, ...],
+    first: int,
+    run: list[int],
+) -> None:
+    assert sizes_of(monkeypatch, total_ms, wanted, first) == run
+
+
+def test_other_errors_of_a_layer_are_raised() -> None:
+    def prepare(size: int) -> Callable[[], Any]:
+        raise RuntimeError("no such operator")
+
+    with pytest.raises(RuntimeError, match="no such operator"):
+        measure_layers([Experiment(FORM, "", (4,), 4, prepare)], JOB, None)
+
+
+def one_rank_runs_out() -> list[Any]:
+    rank = dist.get_rank()
+
+    def prepare(size: int) -> Callable[[], Any]:
+        if rank == 1 and size > 2:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return lambda: [torch.ones(size, requires_grad=True) * 2]
+
+    job = Job(rank, 2, torch.device("cpu"))
+    runs = [Experiment((index, 1, False), "", (4, 8), 2, prepare) for index in range(2)]
+    return sorted(measure_layers(runs, job, None).items())
+
+
+def test_where_one_rank_lacks_memory_every_rank_goes_without(ranks: Any) -> None:
+    one, other = ranks(2).run(one_rank_runs_out)
+    assert one == other
+    assert [key for key, _ in one] == [(0, 1, False, 2), (1, 1, False, 2)]
+
+
+# --- the cache ----------------------------------------------------------------------------------
+
+
+def doubling(size: int) -> Callable[[], Any]:
+    return lambda: [torch.ones(size, requires_grad=True) * 2]
+
+
 def test_a_second_run_reads_the_cache(tmp_path: Path) -> None:
     runs: list[int] = []
 
-    def forward() -> list[torch.Tensor]:
-        runs.append(1)
-        return [torch.ones(3, requires_grad=True) * 2]
+    def prepare(size: int) -> Callable[[], Any]:
+        runs.append(size)
+        return doubling(size)
 
-    job = Job(0, 1, torch.device("cpu"))
-    experiment = Experiment((0, 1, False, 4), "three ones", forward)
-    first = measure_layers([experiment], job, tmp_path)
-    num_runs = len(runs)
-    assert num_runs >= 2
-    assert measure_layers([experiment], job, tmp_path) == first
-    assert len(runs) == num_runs
-    other = Experiment((0, 1, False, 4), "another graph", forward)
-    measure_layers([other], job, tmp_path)
-    assert len(runs) > num_runs
+    experiment = Experiment(FORM, "ones", (3, 4), 3, prepare)
+    first = measure_layers([experiment], JOB, tmp_path)
+    assert runs == [3, 4]
+    assert measure_layers([experiment], JOB, tmp_path) == first
+    assert runs == [3, 4]
+    measure_layers([replace(experiment, text="another graph")], JOB, tmp_path)
+    assert runs == [3, 4, 3, 4]
 
 
 def test_a_broken_cache_is_measured_again(tmp_path: Path) -> None:
-    job = Job(0, 1, torch.device("cpu"))
-    experiment = Experiment((0, 1, False, 4), "x", lambda: [torch.ones(1, requires_grad=True) * 2])
-    measure_layers([experiment], job, tmp_path)
+    experiment = Experiment(FORM, "x", (4,), 4, doubling)
+    measure_layers([experiment], JOB, tmp_path)
     (path,) = tmp_path.glob("*.json")
     path.write_text("{half")
-    assert measure_layers([experiment], job, tmp_path)[0, 1, False, 4].forward_ms > 0
+    assert measure_layers([experiment], JOB, tmp_path)[*FORM, 4].forward_ms > 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -80,11 +81,11 @@ def tokens(batch: int = BATCH, seq: int = SEQ) -> dict[str, torch.Tensor]:
     return {"ids": ids, "labels": ids.roll(1, 1)}
 
 
-def compiled(model: nn.Module | None = None, **changes: Any) -> Any:
+def compiled(model: Any = None, **changes: Any) -> Any:
     """``gc.compile`` of the tiny model on the ranks of the case, with what a test changes."""
     dist.barrier()  # so that a peer's failure can only come from the call under test
     arguments = {"example_inputs": tokens(), "measure": False} | changes
-    profile = arguments.pop("profile", None) or gc.ClusterProfile.preset("2xH100")
+    profile = arguments.pop("profile", gc.ClusterProfile.preset("2xH100"))
     return gc.compile(model or Tiny(), profile, **arguments)
 
 
@@ -138,7 +139,23 @@ def test_a_batch_that_a_plan_does_not_split_is_refused(ranks: Any, plan: str) ->
     [
         ({"global_batch_size": 0}, ShapeError, "global_batch_size is 0; give the number"),
         ({"global_batch_size": -8}, ShapeError, "global_batch_size is -8"),
+        ({"global_batch_size": "16"}, ShapeError, "global_batch_size is '16'; .* whole number"),
+        ({"global_batch_size": 16.0}, ShapeError, r"global_batch_size is 16\.0; .* whole number"),
         ({"memory_bytes": 0}, InfeasibleError, "memory_bytes is 0; give the bytes"),
+        ({"memory_bytes": 8e9}, InfeasibleError, r"memory_bytes is 8000000000\.0; .* whole"),
+        ({"profile": "8xH100"}, ProfileError, r"pass ClusterProfile\.preset\('8xH100'\)"),
+        ({"profile": "mine.json"}, ProfileError, r"pass ClusterProfile\.load\('mine\.json'\)"),
+        ({"profile": Path("mine")}, ProfileError, r"pass ClusterProfile\.load\('mine'\)"),
+        ({"profile": None}, ProfileError, "cluster_profile is None, .* ClusterProfile.preset"),
+        ({"plan": 3}, PlanError, "plan is 3; pass a Plan, the path .* or notation such as"),
+        ({"plan": {"tp": 2}}, PlanError, "plan is a dict; pass a Plan"),
+        ({"plan": "plans/best"}, PlanError, "no plan at plans/best; save one"),
+        ({"model": Tiny}, GalvatronError, "the model is the class Tiny; pass an instance of"),
+        ({"model": "llama"}, GalvatronError, "the model is 'llama'; pass an instance of torch.nn"),
+        ({"seed": 1.5}, GalvatronError, r"seed is 1\.5; pass a whole number"),
+        ({"loss_fn": 3}, GalvatronError, r"loss_fn is 3; pass a function loss_fn\(outputs, batch"),
+        ({"loss_fn": torch.sum}, CaptureError, r"model or of loss_fn\(outputs, batch\)"),
+        ({"loss_fn": lambda y: y}, GalvatronError, r"takes \(y\), but is called loss_fn\(outputs"),
         ({"precision": "fp17"}, GalvatronError, "unknown precision 'fp17'; use 'fp32', 'bf16'"),
     ],
     ids=str,
@@ -164,6 +181,16 @@ def smallest_memory() -> int:
 def test_memory_that_nothing_fits_is_refused_with_the_smallest_that_would_do(ranks: Any) -> None:
     one, other = ranks(2).run(smallest_memory)
     assert one == other > 100
+
+
+@pytest.mark.parametrize("plan", ["dp2", "tp2.sp; micro=2"])
+def test_a_given_plan_that_exceeds_the_memory_is_refused(ranks: Any, plan: str) -> None:
+    alike(
+        refused(ranks, compiled, plan=plan, memory_bytes=1000),
+        InfeasibleError,
+        rf"the plan '{plan}' needs .* [(]\d+ bytes[)] a rank, more than the .* [(]1000 bytes[)]",
+        "more micro-batches.*; or raise memory_bytes, or leave plan out",
+    )
 
 
 # --- capture ------------------------------------------------------------------------------------
@@ -196,6 +223,44 @@ def test_a_model_that_export_cannot_capture_is_refused_with_its_line(ranks: Any)
         rf"test_refusals\.py:{number}: if self\.table\.weight\.sum\(\) > 0",
         "the model cannot be captured\n.*data-dependent",
     )
+
+
+class Noisy(Branching):
+    def forward(self, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        print("a message of the model", file=sys.stderr)
+        return super().forward(ids, labels)
+
+
+def on_one_rank(model: nn.Module, batch: Any) -> Any:
+    profile = gc.ClusterProfile.preset("1xH100")
+    return gc.compile(model, profile, example_inputs=batch, measure=False)
+
+
+def test_a_failed_capture_prints_no_graph(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(CaptureError, match="data-dependent"):
+        on_one_rank(Noisy(), tokens())
+    printed = capsys.readouterr()
+    assert "a message of the model" in printed.err
+    assert "def forward(" not in printed.err + printed.out
+
+
+class Scales(Tiny):
+    def forward(self, ids: torch.Tensor, labels: torch.Tensor, scale: Any = None) -> Any:
+        return super().forward(ids, labels) + (self.table(ids)[:, 0, 0] * scale).sum()
+
+
+def test_an_input_that_is_as_long_as_the_batch_by_chance_is_explained() -> None:
+    batch = tokens() | {"scale": torch.ones(BATCH)}
+    on_one_rank(Scales(), batch)  # taken for one number a sample
+
+    class Positions(Tiny):
+        def forward(self, ids: torch.Tensor, labels: torch.Tensor, scale: Any = None) -> Any:
+            return super().forward(ids, labels) + (self.table(ids)[:, :, 0] * scale).sum()
+
+    message = "(?s)the batch size must be free.*use an example batch of another size"
+    with pytest.raises(CaptureError, match=message):
+        on_one_rank(Positions(), tokens(SEQ) | {"scale": torch.ones(SEQ)})
+    on_one_rank(Positions(), tokens(BATCH) | {"scale": torch.ones(SEQ)})
 
 
 def test_a_rank_that_fails_alone_in_capture_fails_its_peers(ranks: Any) -> None:
