@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,22 +11,35 @@ import pytest
 import torch
 from torch import nn
 
+import galvatron_compile as gc
 from galvatron_compile.errors import CaptureError
-from galvatron_compile.graph import LayeredGraph
 from galvatron_compile.interpret import run_graph, run_layers
 from galvatron_compile.passes import capture_once as under_test
 from galvatron_compile.passes.alike import alike_groups
-from galvatron_compile.passes.batch import batch
+from galvatron_compile.passes.annotate import Workload, annotate
 from galvatron_compile.passes.capture import capture
 from galvatron_compile.passes.capture_once import understand_once
 from galvatron_compile.passes.layers import find_layers
-from galvatron_compile.passes.stand_in import RESULT, Recorder
-from galvatron_compile.printer import fingerprint, structural_key
+from galvatron_compile.passes.sharding.table import shard
+from galvatron_compile.passes.stand_in import Recorder
+from galvatron_compile.passes.strategies import enumerate_strategies
+from galvatron_compile.precision import Precision
 
 sys.path.insert(0, str(Path(__file__).parent))
 import captured_models as models
-
-WIDTH = 8
+from once_cases import (
+    Block,
+    Chain,
+    Collecting,
+    Looping,
+    Noting,
+    Penalised,
+    Refusing,
+    UNet,
+    check,
+    example,
+    understand,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -50,53 +62,6 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(Recorder, "__exit__", leaving)
     return counts
-
-
-def understand(model: nn.Module, example: Any, loss_fn: Any = None) -> LayeredGraph:
-    return find_layers(batch(capture(model, example, loss_fn)))
-
-
-def assert_same(once: LayeredGraph, full: LayeredGraph) -> None:
-    assert fingerprint(once) == fingerprint(full)
-    for ours, theirs in zip(once.layers, full.layers, strict=True):
-        assert ours.name == theirs.name
-        assert ours.class_index == theirs.class_index
-        assert ours.parameters == theirs.parameters
-        assert len(ours.buffers) == len(theirs.buffers)
-    for mine, other in zip(once.classes, full.classes, strict=True):
-        assert (mine.name, mine.kinds) == (other.name, other.kinds)
-        assert (mine.data_inputs, mine.data_outputs) == (other.data_inputs, other.data_outputs)
-    a, b = once.graph, full.graph
-    assert list(a.parameters) == list(b.parameters)
-    assert all(a.parameters[name] is b.parameters[name] for name in b.parameters)
-    assert {n for n in a.buffers if "lifted" not in n} == {
-        n for n in b.buffers if "lifted" not in n
-    }
-    assert all(a.buffers[name] is b.buffers[name] for name in a.buffers if "lifted" not in name)
-    assert (a.tied, a.inputs) == (b.tied, b.inputs)
-    assert (a.example_batch_size, a.splits_batch) == (b.example_batch_size, b.splits_batch)
-    assert (a.denominators is None) == (b.denominators is None)
-    if a.denominators is not None and b.denominators is not None:
-        assert structural_key(a.denominators.graph, (), a.batch_symbol) == structural_key(
-            b.denominators.graph, (), b.batch_symbol
-        )
-    assert computing(once) == computing(full)
-    assert RESULT not in {node.target for node in a.module.graph.nodes}
-
-
-def computing(layered: LayeredGraph) -> list[tuple[str, Any]]:
-    """Every node with the calls of modules that it is in, in order; sizes and inputs left out."""
-    return [
-        (str(node.target), list(node.meta.get("nn_module_stack", {}).values()))
-        for node in layered.graph.module.graph.nodes
-        if node.op == "call_function" and isinstance(node.meta["val"], torch.Tensor)
-    ]
-
-
-def check(model: nn.Module, example: Any) -> LayeredGraph:
-    once = understand_once(model, example)
-    assert_same(once, understand(model, example))
-    return once
 
 
 # --- models that repeat -------------------------------------------------------------------------
@@ -164,421 +129,59 @@ def test_what_was_captured_once_computes_and_trains_like_the_model(ran: list[int
     assert ran == [3]
 
 
-# --- blocks of all kinds ------------------------------------------------------------------------
-
-
-class Block(nn.Module):
-    """Two linear layers with a skip; subclasses say what is strange about them."""
-
-    def __init__(self, index: int = 0) -> None:
-        super().__init__()
-        self.layer_idx = index
-        self.one, self.two = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
-
-    def change(self, x: torch.Tensor) -> torch.Tensor:
-        return self.two(torch.relu(self.one(x)))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.change(x)
-
-
-class Chain(nn.Module):
-    """Blocks one after the other, and a mean square as loss."""
-
-    def __init__(self, make: Callable[[int], nn.Module], depth: int = 8) -> None:
-        super().__init__()
-        self.first = nn.Linear(WIDTH, WIDTH)
-        self.blocks = nn.ModuleList(make(index) for index in range(depth))
-
-    def body(self, x: torch.Tensor) -> torch.Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return x
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.body(self.first(x)).square().mean()
-
-
-def example() -> tuple[torch.Tensor]:
-    return (torch.randn(4, WIDTH),)
-
-
-class Doubling(Block):
-    """Every other block does something else, told by its index when it runs."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = super().forward(x)
-        return x * 2 if self.layer_idx % 2 else x
-
-
-class Listed(Block):
-    """The index looks up a list that all blocks share."""
-
-    powers = (1, 1, 1, 1, 1, 2, 1, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x) ** self.powers[self.layer_idx]
-
-
-class Scaled(Block):
-    """The index goes straight into an operator written in C++."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.mul(super().forward(x), self.layer_idx)
-
-
-class LastIsOther(Block):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.tanh(super().forward(x)) if self.layer_idx == 6 else super().forward(x)
-
-
-@pytest.mark.parametrize("block", [Doubling, Listed, Scaled, LastIsOther])
-def test_blocks_that_read_their_index_all_run(block: type[Block], ran: list[int]) -> None:
-    check(Chain(block), example())
-    assert ran == [0]
-
-
-class Windowed(Block):
-    """Two settings in turn, read when it runs: blocks with the same one are alike."""
-
-    def __init__(self, index: int) -> None:
-        super().__init__(index)
-        self.window = 2 + index % 2
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x) * self.window
-
-
-def test_numbers_that_are_read_divide_blocks_into_classes(ran: list[int]) -> None:
-    layered = check(Chain(Windowed, 12), example())
-    assert len({layer.class_index for layer in layered.layers[1:-2]}) == 2
-    assert ran == [6]  # the first shows that the number matters; then two of each, and the last
-
-
-class Named(Block):
-    """The same with a setting that is no number."""
-
-    def __init__(self, index: int) -> None:
-        super().__init__(index)
-        self.kind = "full" if index % 2 else "sliding"
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x) if self.kind == "full" else x.cumsum(-1) + self.change(x)
-
-
-def test_alternating_layers_are_two_classes(ran: list[int]) -> None:
-    layered = check(Chain(Named, 12), example())
-    assert [layer.class_index for layer in layered.layers[:5]] == [0, 1, 2, 1, 2]
-    assert ran == [6]
-
-
-# --- blocks that do more than compute -----------------------------------------------------------
-
-CALLS: list[int] = [0]
-COUNT = 0
-
-
-class CountsInAGlobal(Block):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        global COUNT
-        COUNT += 1
-        return super().forward(x) * (1 + COUNT % 2)
-
-
-class CountsInAList(Block):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        CALLS[0] += 1
-        return super().forward(x) * (1 + CALLS[0] % 2)
-
-
-class CountsInItsClass(Block):
-    count = 0
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        type(self).count += 1
-        return super().forward(x) * (1 + self.count % 2)
-
-
-def counting_in_a_closure() -> type[Block]:
-    count = 0
-
-    class CountsInAClosure(Block):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            nonlocal count
-            count += 1
-            return super().forward(x) * (1 + count % 2)
-
-    return CountsInAClosure
-
-
-class WritesToItsInput(Block):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x.mul_(2)
-        return super().forward(x)
-
-
-class ReturnsALambda(Block):
-    """Makes more of its result than tensors."""
-
-    def forward(self, x: torch.Tensor) -> Any:
-        y = super().forward(x)
-        return lambda: y
-
-
-class CallsLambdas(Chain):
-    def body(self, x: torch.Tensor) -> torch.Tensor:
-        for block in self.blocks:
-            x = block(x)()
-        return x
-
-
-class Keeps(Block):
-    """Leaves a value in an attribute, which the model adds to its loss."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.kept = self.change(x)
-        return x + self.kept
-
-
-class AddsKept(Chain):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        loss = super().forward(x)
-        return loss + sum(block.kept.square().mean() for block in self.blocks)
-
-
-class Shared:
-    def __init__(self) -> None:
-        self.skips: list[torch.Tensor] = []
-        self.doubling = False
-
-
-class Skipping(Block):
-    """Pushes its input to a stack that all blocks share, or adds what is on it: a U-Net."""
-
-    def __init__(self, index: int, shared: Shared) -> None:
-        super().__init__(index)
-        self.shared = shared
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if len(self.shared.skips) < 3:
-            self.shared.skips.append(x)
-        return super().forward(x)
-
-
-class SkippingChain(Chain):
-    def __init__(self) -> None:
-        self.shared = Shared()
-        super().__init__(lambda index: Skipping(index, self.shared))
-
-    def body(self, x: torch.Tensor) -> torch.Tensor:
-        self.shared.skips.clear()
-        return super().body(x) + sum(self.shared.skips)
-
-
-class Reads(Block):
-    """Takes a value that is not an argument."""
-
-    def __init__(self, index: int, shared: Shared) -> None:
-        super().__init__(index)
-        self.shared = shared
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x) + self.shared.skips[0]
-
-
-class ReadingChain(Chain):
-    def __init__(self) -> None:
-        self.shared = Shared()
-        super().__init__(lambda index: Reads(index, self.shared))
-
-    def body(self, x: torch.Tensor) -> torch.Tensor:
-        self.shared.skips[:] = [torch.tanh(x)]
-        return super().body(x)
-
-
-class TakesAList(Block):
-    """Appends to a list that it is given."""
-
-    def forward(self, x: torch.Tensor, kept: list[torch.Tensor]) -> torch.Tensor:
-        kept.append(x)
-        return super().forward(x)
-
-
-class GivesAList(Chain):
-    def body(self, x: torch.Tensor) -> torch.Tensor:
-        kept: list[torch.Tensor] = []
-        for block in self.blocks:
-            x = block(x, kept)
-        return x + sum(kept)
-
-
-class Store:
-    """A class as a place for values."""
-
-    steps = 0
-
-
-class CountsInAnotherClass(Block):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        Store.steps += 1
-        return super().forward(x) * (1 + Store.steps % 2)
-
-
-class ToldBetweenCalls(Chain):
-    """Sets what blocks read, late: the blocks in front of that are alike, as are the last two."""
-
-    def __init__(self) -> None:
-        self.shared = Shared()
-        super().__init__(lambda index: Obeys(index, self.shared))
-
-    def body(self, x: torch.Tensor) -> torch.Tensor:
-        for index, block in enumerate(self.blocks):
-            self.shared.doubling = index == 4
-            x = block(x)
-        return x
-
-
-class Obeys(Block):
-    def __init__(self, index: int, shared: Shared) -> None:
-        super().__init__(index)
-        self.shared = shared
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x) * 2 if self.shared.doubling else super().forward(x)
-
-
-class TellsOne(Chain):
-    """Sets an attribute of one block after the model was looked at."""
-
-    def body(self, x: torch.Tensor) -> torch.Tensor:
-        self.blocks[4].doubling = True
-        result = super().body(x)
-        self.blocks[4].doubling = False
-        return result
-
-
-class IsTold(Block):
-    doubling = False
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x) * 2 if self.doubling else super().forward(x)
-
-
-class DropsAtRandom(Block):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x if random.random() < 0.2 else super().forward(x)
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: Chain(CountsInAGlobal),
-        lambda: Chain(CountsInAnotherClass),
-        ToldBetweenCalls,
-        lambda: TellsOne(IsTold),
-        lambda: Chain(DropsAtRandom),
-        lambda: Chain(CountsInAList),
-        lambda: Chain(CountsInItsClass),
-        lambda: Chain(counting_in_a_closure()),
-        lambda: Chain(WritesToItsInput),
-        lambda: CallsLambdas(ReturnsALambda),
-        lambda: AddsKept(Keeps),
-        SkippingChain,
-        ReadingChain,
-        lambda: GivesAList(TakesAList),
-    ],
-)
-def test_blocks_with_side_effects_all_run(make: Callable[[], Chain], ran: list[int]) -> None:
-    global COUNT
-    model = make()
-    found = []
-    for way in (understand_once, understand):
-        COUNT, CALLS[0], CountsInItsClass.count, Store.steps = 0, 0, 0, 0
-        random.seed(2)
-        found.append(way(model, example()))
-    assert fingerprint(found[0]) == fingerprint(found[1])
-    assert computing(found[0]) == computing(found[1])
-
-
-def test_a_hook_inside_a_block_runs_for_all(ran: list[int]) -> None:
-    model = Chain(Block)
-    for block in model.blocks:
-        block.one.register_forward_hook(lambda module, given, result: result * 2)
-    check(model, example())
-    assert ran == []
-
-
-def test_a_hook_on_blocks_runs_for_all(ran: list[int]) -> None:
-    model = Chain(Block)
-    for block in model.blocks[::3]:
-        block.register_forward_hook(lambda module, given, result: result * 2)
-    check(model, example())
-    assert ran == [5]
+def test_costs_are_those_of_the_full_capture() -> None:
+    model, batches = deep("llama", 6)
+    cluster = gc.ClusterProfile.preset("2xH100")
+    strategies = enumerate_strategies(2, global_batch_size=8)
+    workload = Workload(2, 8, (1, 4), Precision())
+    once, full = (
+        annotate(layered, shard(layered, strategies), cluster, strategies, workload, {})
+        for layered in (understand_once(model, batches(4)), understand(model, batches(4)))
+    )
+    assert once == full
+
+
+def errors_on_ranks(folder: str) -> tuple[int, float, float]:
+    """Stand-ins, and largest differences of loss and gradients from one process, float64."""
+    sys.path.insert(0, folder)
+    import captured_models as models
+
+    torch.manual_seed(0)
+    model, example = models.OddGPT(6).double(), models.token_batch(8)
+    loss, gradients = models.eager(model, model(**example))
+    counts: list[int] = []
+    mark = Recorder._mark
+    Recorder._mark = lambda self, *given: counts.append(1) or mark(self, *given)  # type: ignore
+    try:
+        parallel = gc.compile(
+            model,
+            gc.ClusterProfile.preset("2xH100"),
+            example_inputs=example,
+            plan="all: dp2; blocks: tp2; 1: dp2.zero3; 3: dp2.zero3; 4: tp2.sp.recompute; micro=2",
+            measure=False,
+        )
+    finally:
+        Recorder._mark = mark  # type: ignore[method-assign]
+    got = float(parallel.step(parallel.local_batch(example)))
+    found = parallel.full_gradients()
+    differences = [float((found[name] - gradients[name]).abs().max()) for name in found]
+    return len(counts), abs(got - float(loss)), max(differences, default=0.0)
+
+
+def test_a_compiled_deep_model_equals_one_process(ranks: Callable[[int], Any]) -> None:
+    results = ranks(2).run(errors_on_ranks, str(Path(__file__).parent))
+    for calls, loss_error, gradient_error in results:
+        assert calls == 6  # each block's call is marked: compile() captures once
+        assert loss_error < 1e-12 and gradient_error < 1e-11
 
 
 # --- code around the blocks ---------------------------------------------------------------------
-
-
-class UNet(Chain):
-    def body(self, x: torch.Tensor) -> torch.Tensor:
-        half, skips = len(self.blocks) // 2, []
-        for block in self.blocks[:half]:
-            x = block(x)
-            skips.append(x)
-        for index in range(half, len(self.blocks)):
-            x = self.blocks[index](x + skips.pop())
-        return x
-
-
-class Collecting(Chain):
-    def body(self, x: torch.Tensor) -> torch.Tensor:
-        states = [x]
-        for index, block in enumerate(self.blocks):
-            states.append(block(states[-1] * index))
-        return torch.stack(states).sum(0)
-
-
-class Looping(Chain):
-    """Runs its blocks twice, without gradients the first time."""
-
-    def body(self, x: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            start = super().body(x)
-        return super().body(x + start)
 
 
 @pytest.mark.parametrize(("chain", "stand_ins"), [(UNet, 5), (Collecting, 5), (Looping, 9)])
 def test_any_code_around_the_blocks(chain: type[Chain], stand_ins: int, ran: list[int]) -> None:
     check(chain(Block), example())
     assert ran == [stand_ins]
-
-
-class Noting(Block):
-    """A second result, constants in the code, and parts without gradient."""
-
-    def __init__(self, index: int) -> None:
-        super().__init__(index)
-        self.register_buffer("scale", torch.full((WIDTH,), float(index)))
-
-    def forward(
-        self, x: torch.Tensor, settings: dict[str, Any]
-    ) -> tuple[torch.Tensor, dict[str, Any]]:
-        with torch.no_grad():
-            gate = torch.sigmoid(self.one(x))
-        held = self.change(x.detach() * self.scale + torch.tensor([0.5] * WIDTH))
-        y = x + held * gate
-        return y, {"penalty": y.square().mean(), "given": settings["mask"], "kind": None}
-
-
-class Penalised(Chain):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        settings = {"mask": x > 0, "eps": 1e-5}
-        x, penalties = self.first(x), []
-        for block in self.blocks:
-            x, more = block(x, settings)
-            penalties.append(more["penalty"])
-            assert more["given"] is settings["mask"] and more["kind"] is None
-        return (x * settings["mask"]).square().mean() + sum(penalties)
 
 
 def test_blocks_with_several_results(ran: list[int]) -> None:
@@ -595,13 +198,6 @@ def test_the_model_is_left_as_it_was() -> None:
     understand_once(model, example())
     assert vars(Block)["forward"] is forward
     assert {n: dict(vars(m)) for n, m in model.named_modules()} == before
-
-
-class Refusing(Block):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.shape[0] > 3 and self.layer_idx == 7:
-            raise ValueError("no more than 3, please")
-        return super().forward(x)
 
 
 def test_errors_are_those_of_the_full_capture() -> None:
