@@ -28,13 +28,21 @@ FOUR = [
 EIGHT = [
     "dp8.zero3", "tp2.dp4.zero2", "tp4.dp2.zero3.recompute",
     "all: tp2.dp4.zero3; 1: dp8; 2: tp4.sp.dp2.recompute",
+    "dp8.zero1", "tp2.dp4.zero1; micro=2", "tp4.dp2.zero2; micro=4", "tp2.dp4.zero3; micro=2",
+    "tp2.sp.dp4", "tp2.sp.dp4.zero1.recompute; micro=2", "tp4.sp.dp2; micro=4",
+    "all: tp4.dp2.zero1; 1: tp2.sp.dp4.zero3.recompute; micro=2",
 ]
 TRAINED = {
     "dp2.zero3; micro=2", "tp2.sp.recompute; micro=2", "dp2.zero1; micro=2", "tp2.dp2.zero3",
     "all: tp2.dp2.zero2; 1: dp4.zero3.recompute; 2: tp4; micro=2", "tp4",
+    "tp2.dp4.zero1; micro=2", "tp2.sp.dp4.zero1.recompute; micro=2",
 }
 # Ten tokens (nine patches and the class token) do not divide over four ranks.
-IMPOSSIBLE = {("vit", "tp4.sp"), ("vit", "all: tp2.dp4.zero3; 1: dp8; 2: tp4.sp.dp2.recompute")}
+IMPOSSIBLE = {
+    ("vit", "tp4.sp"),
+    ("vit", "tp4.sp.dp2; micro=4"),
+    ("vit", "all: tp2.dp4.zero3; 1: dp8; 2: tp4.sp.dp2.recompute"),
+}
 MODELS = ["odd_gpt", "llama", "gpt2", "bert", "vit"]
 
 
