@@ -9,9 +9,10 @@ from galvatron_compile.commands.explain import explain
 from galvatron_compile.commands.plan import plan
 from galvatron_compile.commands.price import price
 from galvatron_compile.commands.profile import profile
+from galvatron_compile.commands.validate import validate
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for command in (plan, price, explain, compare, profile):
+for command in (plan, price, explain, compare, profile, validate):
     app.command()(command)
 
 

@@ -12,6 +12,9 @@ from galvatron_compile.curves import CollectiveCurve, RateCurve, between_sizes
 from galvatron_compile.errors import ProfileError
 
 SCHEMA_VERSION = 1
+CUDA_KERNEL_MS = 0.002
+"""Least time of a kernel on a GPU, from start to end (assumption: an empty one takes about 2 us).
+The fixed time of matrix products and attention is in their curves."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,9 @@ class ClusterProfile:
     attention: rate by dtype, of a forward pass of 4 * batch * heads * queries * keys * head_dim
         FLOPs (the dense count).
     memory: bytes read plus bytes written per second, of one device.
-    launch_overhead_ms: the least time of any operator, however small.
+    launch_overhead_ms: what calling one operator costs the host. On the CPU it is the least time of
+        any operator. On CUDA the host runs ahead of the device, so it is no part of an operator's
+        time: the operators of a layer take at least their number times it (passes.layer_estimate).
     collectives: curves by kind, tier and group size. Payload is, as in nccl-tests, the bytes of the
         whole tensor that a rank ends up with or starts from: the reduced tensor (all_reduce), the
         gathered one (all_gather), the one before scattering (reduce_scatter), all that a rank sends
@@ -119,6 +124,11 @@ class ClusterProfile:
         """:attr:`Overlap.joint`."""
         return self.overlap.joint
 
+    @property
+    def least_ms(self) -> float:
+        """Least time of one operator on the device."""
+        return CUDA_KERNEL_MS if self.device.kind == "cuda" else self.launch_overhead_ms.value
+
     def matmul_ms(self, flops: float, dtype: object, num_bytes: float = 0) -> float:
         """Time of a matrix product of ``flops`` that reads and writes ``num_bytes``.
 
@@ -135,7 +145,7 @@ class ClusterProfile:
         """Time of an operator that reads and writes ``num_bytes`` in total and computes little."""
         if num_bytes <= 0:
             return 0.0
-        return max(self.launch_overhead_ms.value, 1e3 * num_bytes / self.memory.value)
+        return max(self.least_ms, 1e3 * num_bytes / self.memory.value)
 
     def collective_ms(self, kind: str, payload_bytes: float, ranks: Sequence[int]) -> float:
         """Time of one collective of ``payload_bytes`` (see the class) among these global ranks.
@@ -291,8 +301,7 @@ class ClusterProfile:
         name = str(dtype).removeprefix("torch.")
         for curve in curves:
             if curve.dtype == name:
-                overhead_ms = self.launch_overhead_ms.value
-                return max(overhead_ms, curve.ms(flops), self.memory_ms(num_bytes))
+                return max(self.least_ms, curve.ms(flops), self.memory_ms(num_bytes))
         known = ", ".join(curve.dtype for curve in curves) or "none"
         raise ProfileError(f"profile {self.name!r} has no {what} rate for {name}; it has: {known}")
 

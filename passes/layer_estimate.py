@@ -1,9 +1,15 @@
-"""Time and memory of a layer from what its operators do (see passes.tally)."""
+"""Time and memory of a layer from what its operators do (see passes.tally).
+
+On CUDA the host runs ahead of the device: it dispatches the next operators while kernels run. So a
+phase (forward or backward of a layer) takes the longer of what the device does, kernels and the
+collectives between them, and of what the host needs to dispatch its operators. On the CPU there is
+no such queue, and every operator takes at least the time of calling it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -15,8 +21,10 @@ from galvatron_compile.mesh import Axis
 from galvatron_compile.passes.arguments import differentiable_flags, make_arguments
 from galvatron_compile.passes.normalise import retarget_devices
 from galvatron_compile.passes.sharding import localise
+from galvatron_compile.passes.sharding.sharded_layer import ShardedLayer
 from galvatron_compile.passes.sharding.table import ShardingTable
 from galvatron_compile.passes.tally import ATTENTION, MATMUL, OperatorCount, Tally, tally
+from galvatron_compile.passes.tiles import busy_share, num_processors
 from galvatron_compile.strategy import Strategy
 
 # Counting at two batch sizes gives every quantity as a straight line in the batch size.
@@ -34,18 +42,32 @@ class Estimate:
     selective_bytes: int
 
 
+Tallies = MutableMapping[tuple[int, int, bool], tuple[Tally, Tally]]
+"""By class, tensor-parallel degree and sequence parallel: counts at SMALL and at LARGE."""
+
+
 class Estimator:
-    """Counts each form of each class once and evaluates it at any batch size."""
+    """Counts each form of each class once and evaluates it at any batch size.
+
+    tallies: where counts are kept, before fusion. Estimators of the same model for clusters of one
+        kind of device may share them.
+    fusion: what a compiler or hand-written kernels make of the counts (see passes.fusion).
+    """
 
     def __init__(
         self,
         layered: LayeredGraph,
         shardings: ShardingTable,
         cluster: ClusterProfile,
+        tallies: Tallies | None = None,
+        fusion: Callable[[Tally], Tally] = lambda found: found,
     ) -> None:
         self.layered, self.shardings = layered, shardings
-        self.cluster = cluster
-        self.tallies: dict[tuple[int, int, bool], tuple[Tally, Tally]] = {}
+        self.cluster, self.fusion = cluster, fusion
+        self.cuda = cluster.device.kind == "cuda"
+        self.processors = num_processors(cluster.device.name) if self.cuda else None
+        self.counted: Tallies = {} if tallies is None else tallies
+        self.tallies: Tallies = {}
 
     def estimate(self, class_index: int, strategy: Strategy, local_batch: float) -> Estimate:
         """``local_batch`` need not be whole: half of a sequence is half a sample."""
@@ -62,18 +84,27 @@ class Estimator:
         )
 
     def computation(self, class_index: int, strategy: Strategy, local_batch: float) -> LayerTiming:
-        """Forward and backward from FLOPs and bytes. ProfileError for a dtype without a rate."""
+        """Forward and backward, without the collectives inside the layer.
+
+        On CUDA with :meth:`collectives_ms` added they take at least the host's time. ProfileError
+        for a dtype without a rate.
+        """
         small, large = self.tallies_of(class_index, strategy)
+        sharded = self.shardings.get(class_index, strategy)
+        communication = self.collectives_ms(sharded, local_batch)
+        directions = [item.direction for item in sharded.collectives]
+        num = directions.count("forward"), directions.count("backward")
         at = _Line(local_batch)
         return LayerTiming(
-            self._time_ms(small.forward, large.forward, at),
-            self._time_ms(small.backward, large.backward, at),
+            self._phase_ms(small.forward, large.forward, at, communication[0], num[0]),
+            self._phase_ms(small.backward, large.backward, at, communication[1], num[1]),
         )
 
     def part(
         self, class_index: int, strategy: Strategy, local_batch: float, kind: str
     ) -> LayerTiming:
-        """As :meth:`computation`, of operators of one kind ("matmul", "attention", "memory")."""
+        """As :meth:`computation`, of operators of one kind ("matmul", "attention", "memory"),
+        run without the others and without collectives."""
         small, large = self.tallies_of(class_index, strategy)
         at = _Line(local_batch)
 
@@ -81,9 +112,17 @@ class Estimator:
             return [count for count in counts if count.kind == kind]
 
         return LayerTiming(
-            self._time_ms(only(small.forward), only(large.forward), at),
-            self._time_ms(only(small.backward), only(large.backward), at),
+            self._phase_ms(only(small.forward), only(large.forward), at),
+            self._phase_ms(only(small.backward), only(large.backward), at),
         )
+
+    def collectives_ms(self, sharded: ShardedLayer, local_batch: float) -> tuple[float, float]:
+        """Forward and backward time of the collectives inside a layer."""
+        total_ms = {"forward": 0.0, "backward": 0.0}
+        for item in sharded.collectives:
+            num_bytes = int(item.bytes(local_batch))
+            total_ms[item.direction] += self.cluster.group_ms(item.kind, num_bytes, sharded.tp)
+        return total_ms["forward"], total_ms["backward"]
 
     def flops_per_sample(self, class_index: int, strategy: Strategy) -> float:
         """Of the forward pass on one rank, matrix products and attention."""
@@ -94,16 +133,19 @@ class Estimator:
         """What the class does in the strategy's form at the two counted batch sizes."""
         key = (class_index, strategy.tp, strategy.sequence_parallel)
         if key not in self.tallies:
-            graph = localise(
-                self.shardings.get(class_index, strategy),
-                Axis.dry_run(f"tp{strategy.tp}", strategy.tp),
-            )
-            retarget_devices(graph, torch.device("cpu"))
-            self.tallies[key] = (
-                self._tally(class_index, graph, SMALL),
-                self._tally(class_index, graph, LARGE),
-            )
+            if key not in self.counted:
+                self.counted[key] = self._count(class_index, strategy)
+            small, large = self.counted[key]
+            self.tallies[key] = self.fusion(small), self.fusion(large)
         return self.tallies[key]
+
+    def _count(self, class_index: int, strategy: Strategy) -> tuple[Tally, Tally]:
+        graph = localise(
+            self.shardings.get(class_index, strategy),
+            Axis.dry_run(f"tp{strategy.tp}", strategy.tp),
+        )
+        retarget_devices(graph, torch.device("cpu"))
+        return self._tally(class_index, graph, SMALL), self._tally(class_index, graph, LARGE)
 
     def _tally(self, class_index: int, graph: fx.GraphModule, batch: int) -> Tally:
         kinds = self.layered.classes[class_index].kinds
@@ -117,25 +159,47 @@ class Estimator:
             arguments,
             differentiable_flags(graph, kinds),
             [kind == "activation" for kind in (*kinds, "seed")],
+            self.cuda,
         )
+
+    def _phase_ms(
+        self,
+        small: Sequence[OperatorCount],
+        large: Sequence[OperatorCount],
+        at: _Line,
+        communication_ms: float = 0.0,
+        num_collectives: int = 0,
+    ) -> float:
+        """Kernels, and what the host takes longer than these and ``communication_ms``."""
+        kernels_ms = self._time_ms(small, large, at)
+        if not self.cuda:
+            return kernels_ms
+        dispatched = num_collectives + sum(count.num_bytes > 0 for count in large)
+        host_ms = dispatched * self.cluster.launch_overhead_ms.value
+        return max(kernels_ms, host_ms - communication_ms)
 
     def _time_ms(
         self, small: Sequence[OperatorCount], large: Sequence[OperatorCount], at: _Line
     ) -> float:
         if len(small) != len(large):  # the model branches on the batch size: scale the larger
-            return at.size / LARGE * sum(self.operator_ms(c, c.flops, c.num_bytes) for c in large)
+            return at.size / LARGE * sum(self.operator_ms(count) for count in large)
         return sum(
-            self.operator_ms(a, at(a.flops, b.flops), at(a.num_bytes, b.num_bytes))
-            for a, b in zip(small, large, strict=True)
+            self.operator_ms(_between(a, b, at)) for a, b in zip(small, large, strict=True)
         )
 
-    def operator_ms(self, count: OperatorCount, flops: float, num_bytes: float) -> float:
-        """Roofline: the longer of computing and moving, and never less than launching."""
+    def operator_ms(self, count: OperatorCount) -> float:
+        """Roofline (Williams et al. 2009): the longer of computing and moving.
+
+        A matrix product on a GPU computes whole waves of whole tiles (see passes.tiles).
+        """
         if count.kind == MATMUL:
-            return self.cluster.matmul_ms(flops, count.dtype, num_bytes)
+            flops: float = count.flops
+            if count.product is not None and self.processors is not None:
+                flops /= busy_share(*count.product, self.processors)
+            return self.cluster.matmul_ms(flops, count.dtype, count.num_bytes)
         if count.kind == ATTENTION:
-            return self.cluster.attention_ms(flops, count.dtype, num_bytes)
-        return self.cluster.memory_ms(num_bytes)
+            return self.cluster.attention_ms(count.flops, count.dtype, count.num_bytes)
+        return self.cluster.memory_ms(count.num_bytes)
 
 
 @dataclass(frozen=True)
@@ -146,3 +210,17 @@ class _Line:
 
     def __call__(self, small: float, large: float) -> float:
         return max(0.0, small + (large - small) * (self.size - SMALL) / (LARGE - SMALL))
+
+
+def _between(small: OperatorCount, large: OperatorCount, at: _Line) -> OperatorCount:
+    """The operator at another batch size. Only a product's sizes are rounded."""
+    product = None
+    if small.product is not None and large.product is not None:
+        sizes = (max(1, round(at(a, b))) for a, b in zip(small.product, large.product, strict=True))
+        product = (next(sizes), next(sizes), next(sizes), next(sizes))
+    return replace(
+        small,
+        flops=round(at(small.flops, large.flops)),
+        num_bytes=round(at(small.num_bytes, large.num_bytes)),
+        product=product,
+    )

@@ -39,11 +39,7 @@ class Messages:
 
     def tensor(self, sharded: ShardedLayer, local: float) -> tuple[float, float]:
         """The collectives inside the layer."""
-        total_ms = {"forward": 0.0, "backward": 0.0}
-        for item in sharded.collectives:
-            num_bytes = int(item.bytes(local))
-            total_ms[item.direction] += self.cluster.group_ms(item.kind, num_bytes, sharded.tp)
-        return total_ms["forward"], total_ms["backward"]
+        return self.estimator.collectives_ms(sharded, local)
 
     def context(
         self, class_index: int, strategy: Strategy, local: float

@@ -41,7 +41,7 @@ def note_costs(layered: LayeredGraph, estimator: Estimator, strategies: list[Str
 
 def _per_sample(count: OperatorCount, estimator: Estimator) -> NodeCost:
     """The count over its samples: what does not grow with the batch is shared by them."""
-    time_ms = estimator.operator_ms(count, count.flops, count.num_bytes)
+    time_ms = estimator.operator_ms(count)
     return NodeCost(count.flops / LARGE, count.num_bytes / LARGE, time_ms * 1e3 / LARGE)
 
 

@@ -33,7 +33,7 @@ def validate(
     """Predict every run of TABLE and say how far off that is, by source and over all."""
     with user_errors():
         runs = read_table(table)
-        predict, calibrated_on = predictor(overrides(cluster_override or [], runs))
+        predict, calibrated_on = predictor(table, overrides(cluster_override or [], runs))
         found = report(runs, predict, calibrated_on)
         if plot is not None:
             from galvatron_compile.validation.plot import plot as draw_to
@@ -45,15 +45,18 @@ def validate(
 
 
 def predictor(
-    clusters: Mapping[str, Path],
+    table: Path, clusters: Mapping[str, Path]
 ) -> tuple[Callable[[Run], Prediction], Callable[[Run], bool] | None]:
     """What predicts a run, and which runs its constants were calibrated on.
 
+    table: the file of the runs; measurements of its hardware may lie beside it.
     clusters: profiles' files by the GPU's name in the table.
     """
-    from galvatron_compile.planning import calibrated_on, predict_run
+    from galvatron_compile.validation.predict import Predictor
+    from galvatron_compile.validation.software import calibrated_on
 
-    return lambda run: predict_run(run, clusters.get(run.gpu)), calibrated_on
+    found = Predictor(table)
+    return lambda run: found.predict(run, clusters.get(run.gpu)), calibrated_on
 
 
 def overrides(texts: list[str], runs: tuple[Run, ...]) -> dict[str, Path]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Literal
@@ -160,7 +160,7 @@ class Run:
 
     @property
     def strategy(self) -> Strategy:
-        """Of every layer."""
+        """Of every block; :meth:`plan` says what embedding, norm and head do."""
         modern = self.dtype == "bf16" or self.recompute == "selective"
         wanted = modern if self.sequence_parallel is None else self.sequence_parallel
         return Strategy(
@@ -171,11 +171,13 @@ class Run:
     def plan(self, micro_batch: int | None = None) -> Plan:
         """What ran: blocks evenly over the stages, embedding in the first, norm and head last.
 
+        Only blocks are recomputed, as Megatron and torchtitan do.
         micro_batch: one of ``micro_batches``, the first if None. With fewer micro-batches than
         stages 1F1B never gets to its steady state and is what GPipe is.
         """
         size = self.micro_batches[0] if micro_batch is None else micro_batch
         number = self.global_batch // (self.dp * size)
+        ends = replace(self.strategy, recompute="none")
         names = ("embedding", *(f"blocks.{i}" for i in range(self.layers)), "norm", "head")
         return Plan(
             model="",
@@ -183,7 +185,7 @@ class Run:
             global_batch_size=self.global_batch,
             num_micro_batches=number,
             layers=names,
-            strategies=(self.strategy,) * len(names),
+            strategies=(ends, *[self.strategy] * self.layers, ends, ends),
             stages=self._stages(),
             schedule="gpipe" if self.schedule == "1f1b" and number < self.pp else self.schedule,
             virtual=self.virtual,

@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from galvatron_compile.cluster import ClusterProfile
+from galvatron_compile.cluster import CUDA_KERNEL_MS, ClusterProfile, Device
 from galvatron_compile.cluster_json import dumps, loads
 from galvatron_compile.curves import CollectiveCurve, RateCurve, rising
 from galvatron_compile.errors import ProfileError
@@ -90,9 +91,11 @@ def test_missing_ranks_kinds_and_dtypes_are_refused() -> None:
         profile.matmul_ms(1e9, "torch.int8")
 
 
-def test_operators_take_the_slowest_of_overhead_memory_and_arithmetic() -> None:
+def test_operators_take_the_slowest_of_starting_memory_and_arithmetic() -> None:
     profile = ClusterProfile.preset("H200")
-    assert profile.matmul_ms(1e3, "bfloat16") == profile.launch_overhead_ms.value
+    assert profile.matmul_ms(1e3, "bfloat16") == CUDA_KERNEL_MS == profile.memory_ms(1)
+    cpu = replace(profile, device=Device("a CPU", "cpu", 2**30))
+    assert cpu.matmul_ms(1e3, "bfloat16") == cpu.launch_overhead_ms.value == cpu.memory_ms(1)
     assert profile.matmul_ms(2 * 8192**3, "bfloat16") == pytest.approx(
         1.388, rel=0.02
     )  # 792 TFLOP/s

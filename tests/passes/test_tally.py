@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from galvatron_compile.passes.tally import ATTENTION, MATMUL, tally
+from galvatron_compile.passes.tally import ACCUMULATE, ATTENTION, MATMUL, Tally, tally
 
 B, S, H = 4, 16, 64
 F32 = 4
@@ -108,3 +108,67 @@ def test_views_that_their_schema_does_not_call_so_cost_nothing() -> None:
 
     counted = tally(fx.symbolic_trace(View()), lambda: [torch.randn(B, S, H)], [False], [True])
     assert not counted.forward
+
+
+class Norm(torch.nn.Module):
+    def forward(self, x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor]:
+        return (torch.ops.aten.rms_norm.default(x, [H], w, 1e-5),)
+
+
+def norm(cuda: bool) -> Tally:
+    def make() -> list[Any]:
+        return [torch.randn(B, S, H), torch.randn(H)]
+
+    return tally(fx.symbolic_trace(Norm()), make, [True] * 2, [True, False], cuda)
+
+
+def test_cuda_runs_rms_norm_as_one_kernel_each_way() -> None:
+    counted, x, rows = norm(cuda=True), B * S * H * F32, B * S * F32
+    assert [c.name for c in counted.forward] == ["_fused_rms_norm"]
+    assert counted.forward[0].num_bytes == 2 * x + rows + H * F32
+    assert [c.name for c in counted.backward] == ["_fused_rms_norm_backward", ACCUMULATE]
+    assert counted.backward[0].num_bytes == 3 * x + rows + 2 * H * F32
+    assert counted.saved_bytes == x + rows  # its input, and 1 / rms of every row
+    assert len(norm(cuda=False).forward) > 4  # the CPU is counted as it runs
+
+
+def test_cuda_keeps_a_byte_an_element_for_dropout() -> None:
+    class Drop(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+            kept = torch.ops.aten.dropout.default(x.exp(), 0.5, True)
+            same = torch.ops.aten.dropout.default(kept, 0.0, True)
+            return (torch.ops.aten.dropout.default(same, 0.5, False),)
+
+    counted = tally(fx.symbolic_trace(Drop()), lambda: [torch.randn(B, H)], [True], [True], True)
+    assert [c.name for c in counted.forward] == ["exp", "native_dropout"]
+    assert counted.forward[1].num_bytes == B * H * (2 * F32 + 1)
+    assert [c.name for c in counted.backward] == ["native_dropout_backward", "mul"]
+    assert counted.saved_bytes == B * H * (F32 + 1)  # the mask, and what exp gave
+
+
+def test_cuda_drops_shares_of_attention_without_writing_scores() -> None:
+    class Dropped(torch.nn.Module):
+        def forward(self, q: torch.Tensor) -> tuple[torch.Tensor]:
+            return (torch.ops.aten.scaled_dot_product_attention.default(q, q, q, None, 0.1, True),)
+
+    graph = fx.symbolic_trace(Dropped())
+    counted = tally(graph, lambda: [torch.randn(2, 4, S, H)], [True], [True], True)
+    assert [c.kind for c in counted.forward] == [ATTENTION]
+
+
+def test_cuda_adds_gradients_of_parameters_up_and_reads_only_rows_of_a_table() -> None:
+    class Lookup(torch.nn.Module):
+        def forward(self, table: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor]:
+            return (torch.ops.aten.embedding.default(table, index),)
+
+    def make() -> list[Any]:
+        return [torch.randn(1000, H), torch.zeros(B, dtype=torch.int64)]
+
+    graph = fx.symbolic_trace(Lookup())
+    counted = tally(graph, make, [True, False], [False, True], True)
+    assert counted.forward[0].num_bytes == 2 * B * H * F32 + B * 8
+    assert [c.name for c in counted.backward] == ["embedding_dense_backward", ACCUMULATE]
+    assert counted.backward[1].num_bytes == 3 * 1000 * H * F32
+    on_cpu = tally(graph, make, [True, False], [False, True])
+    assert on_cpu.forward[0].num_bytes == (1000 + B) * H * F32 + B * 8
+    assert [c.name for c in on_cpu.backward] == ["ones_like", "embedding_dense_backward"]
