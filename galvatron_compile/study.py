@@ -112,6 +112,8 @@ class Study:
         layered = self.pricer.costs.layered
         layers = tuple(layer.class_index for layer in layered.layers)
         tied = self.pricer.costs.shardings.tied
+        allows_cut = self.constraints.allows_cut
+        uncut = frozenset(edge for edge in range(1, len(layers)) if not allows_cut(edge - 1))
         known: dict[tuple[int, int], StageCosts | None] = {}
         found = []
         for family in self.families():
@@ -122,7 +124,7 @@ class Study:
             if costs is not None:
                 costs = _fitting_schedule(costs, family)
                 problem = PipelineProblem(
-                    family, layers, costs, tied, self.pricer.capacity_bytes
+                    family, layers, costs, tied, self.pricer.capacity_bytes, uncut
                 )
                 found.append(problem)
         if not found:

@@ -143,6 +143,10 @@ class _Program:
         last = self.num_stages - 1
         for i in range(self.num_layers):
             self.row(dict.fromkeys(self.x[i].ravel().tolist(), 1.0), 1, 1)
+            for stage in range(self.num_stages if i in self.problem.uncut else 0):
+                entries = dict.fromkeys(self.x[i, stage].tolist(), 1.0)
+                entries.update(dict.fromkeys(self.x[i - 1, stage].tolist(), -1.0))
+                self.row(entries, 0, 0)
             for stage in range(self.num_stages if i else 0):
                 entries = dict.fromkeys(self.x[i, stage].tolist(), 1.0)
                 entries.update(dict.fromkeys(self.x[i - 1, stage].tolist(), -1.0))

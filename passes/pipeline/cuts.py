@@ -32,17 +32,26 @@ class Cutter:
     """times: [rows, signatures]; row_of: which row every stage has, in order.
 
     least_sum: what the times of all stages add up to at least; narrows the search.
+    uncut: edges where no stage may begin.
     """
 
     def __init__(
-        self, found: Ranges, row_of: list[int], objective: Objective, least_sum: int = 0
+        self,
+        found: Ranges,
+        row_of: list[int],
+        objective: Objective,
+        least_sum: int = 0,
+        uncut: frozenset[int] = frozenset(),
     ) -> None:
         self.found, self.row_of, self.objective = found, row_of, objective
-        self.least_sum = least_sum
+        self.least_sum, self.uncut = least_sum, uncut
+        self.forbidden = np.array(sorted(uncut), dtype=np.int64)
         self.num_layers = len(found.alike) - 1
 
     def price(self, times: Ints, edges: tuple[int, ...]) -> Partition | None:
         """A given partition; None if a stage of it cannot be."""
+        if not self.uncut.isdisjoint(edges):
+            return None
         stages = [
             int(times[row, self.found.alike[b, b - a]])
             for row, a, b in zip(self.row_of, edges[:-1], edges[1:], strict=True)
@@ -120,6 +129,7 @@ class Cutter:
             sums = sums[np.clip(before, low, high) - low] + stage
             chosen = sums.argmin(axis=1)
             sums = np.minimum(sums[np.arange(len(edges)), chosen], FAR)
+            sums[np.isin(edges, self.forbidden)] = FAR
             choices.append((after_low, lengths[chosen]))
             low, high = after_low, after_high
         if sums[-1] >= FAR or high != num_layers:

@@ -20,7 +20,7 @@ from galvatron_compile.passes.pipeline.bounds import (
     quick_bound_ns,
     rows_of,
 )
-from galvatron_compile.passes.pipeline.closed_form import Evaluation, evaluate
+from galvatron_compile.passes.pipeline.closed_form import Evaluation, evaluate, even_boundaries
 from galvatron_compile.passes.pipeline.cuts import Cutter, Partition
 from galvatron_compile.passes.pipeline.problem import PipelineProblem
 from galvatron_compile.passes.pipeline.ranges import ranges
@@ -79,7 +79,9 @@ class Cuts:
         self.rows = sorted(set(of_group))
         self.row_of = [self.rows.index(row) for row in of_group]
         least_sum = int(fastest_ns(tables.problem).sum())
-        self.cutter = Cutter(self.found, self.row_of, tables.objective, least_sum)
+        self.cutter = Cutter(
+            self.found, self.row_of, tables.objective, least_sum, tables.problem.uncut
+        )
         bounds = Bounds(tables, self.found)
         self.sizes = np.stack([bounds.smallest(row) for row in self.rows])
         self.times = np.stack([bounds.times(row) for row in self.rows])
@@ -123,7 +125,12 @@ class FamilySearch:
             names = ", ".join(map(str, sorted(missing)))
             reason = f"no option is allowed for layer class {names}"
             self.verdict = Infeasible(problem, None, reason)
-        self.bound_ns = 0 if missing else quick_bound_ns(problem)
+        elif problem.family.virtual > 1 and not problem.uncut.isdisjoint(
+            even_boundaries(len(problem.layers), problem.family.num_stages)
+        ):
+            reason = "interleaved stages are of equal length and would cut what must stay together"
+            self.verdict = Infeasible(problem, None, reason)
+        self.bound_ns = 0 if self.verdict else quick_bound_ns(problem)
 
     def advance(self) -> None:
         """One round more."""
@@ -131,6 +138,9 @@ class FamilySearch:
             self.solve_next_group()
         else:
             self.solve_best_partition()
+        if self.verdict is not None:  # a search holds many families; keep only what they say
+            for name in ("cuts", "solver", "tables", "groups"):
+                self.__dict__.pop(name, None)
 
     @cached_property
     def tables(self) -> Tables:
@@ -225,6 +235,8 @@ class FamilySearch:
     def infeasible(self, smallest: list[int | None]) -> Infeasible:
         if any(size is None for size in smallest):
             reason = "tied layers have no option in common"
+            if self.problem.uncut:
+                reason += ", or no partition keeps together what must be"
             return Infeasible(self.problem, None, reason)
         needed = max(size for size in smallest if size is not None)
         reason = f"needs {needed} bytes a rank, {self.problem.capacity_bytes} are there"

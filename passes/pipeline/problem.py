@@ -114,6 +114,7 @@ class PipelineProblem:
     costs: for the ranks of one pipeline group and the family's number of micro-batches.
     tied: layers that share a parameter must have one option if they are in the same group.
     capacity_bytes: what a rank can hold.
+    uncut: edges, as numbers of layers in front of them, where no stage may begin.
     """
 
     family: Family
@@ -121,6 +122,7 @@ class PipelineProblem:
     costs: StageCosts
     tied: tuple[tuple[int, ...], ...]
     capacity_bytes: int
+    uncut: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         num_layers, num_stages = len(self.layers), self.family.num_stages
@@ -133,6 +135,8 @@ class PipelineProblem:
         for group in self.tied:
             if not all(0 <= layer < num_layers for layer in group):
                 raise PlanError(f"tied layers {group} must lie in 0 to {num_layers - 1}")
+        if not all(0 < edge < num_layers for edge in self.uncut):
+            raise PlanError(f"uncut edges must lie in 1 to {num_layers - 1}: {sorted(self.uncut)}")
         if self.capacity_bytes < 0:
             raise PlanError(f"capacity_bytes must not be negative, got {self.capacity_bytes}")
         self._check_sums()

@@ -33,6 +33,7 @@ def all_plans(problem: PipelineProblem) -> Truth:
     ]
     if family.virtual > 1:
         partitions = [even_boundaries(num_layers, num_stages)]
+    partitions = [edges for edges in partitions if problem.uncut.isdisjoint(edges)]
     menus = [np.flatnonzero(problem.costs.allowed[kind]).tolist() for kind in layers]
     best: int | None = None
     smallest: int | None = None
@@ -117,7 +118,10 @@ def small_problem(seed: int) -> PipelineProblem:
         tied = (tuple(sorted(int(layer) for layer in chosen)),)
     usual = num_layers * size * (1 + family.num_micro_batches) / 2 / family.pp
     capacity = int(rng.uniform(0.2, 2.5) * usual)
-    return PipelineProblem(family, tuple(layers.tolist()), costs, tied, capacity)
+    uncut: frozenset[int] = frozenset()
+    if num_layers >= 3 and rng.random() < 0.25:
+        uncut = frozenset(rng.integers(1, num_layers, size=int(rng.integers(1, 3))).tolist())
+    return PipelineProblem(family, tuple(layers.tolist()), costs, tied, capacity, uncut)
 
 
 def medium_problem(
