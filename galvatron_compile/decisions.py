@@ -83,10 +83,13 @@ def decide(
 
     strategies, shardings = job.together(open_choices)
     uses = product(range(len(layered.classes)), strategies)
-    timings = time_layers(layered, shardings, uses, workload, setting, progress)
+    estimator = Estimator(layered, shardings, setting.cluster)
+    timings = time_layers(layered, estimator, uses, workload, setting, progress)
 
     def choose() -> SearchReport:
-        costs = annotate(layered, shardings, setting.cluster, strategies, workload, timings)
+        costs = annotate(
+            layered, shardings, setting.cluster, strategies, workload, timings, estimator.tallies
+        )
         return search(
             costs,
             setting.memory_bytes,
@@ -123,10 +126,13 @@ def obey(
     counts = (plan.num_micro_batches,)
     workload = Workload(job.world_size, batch_size, counts, setting.precision)
     uses = zip(classes, plan.strategies, strict=True)
-    timings = time_layers(layered, shardings, uses, workload, setting, progress)
+    estimator = Estimator(layered, shardings, setting.cluster)
+    timings = time_layers(layered, estimator, uses, workload, setting, progress)
 
     def priced() -> Decision:
-        costs = annotate(layered, shardings, setting.cluster, strategies, workload, timings)
+        costs = annotate(
+            layered, shardings, setting.cluster, strategies, workload, timings, estimator.tallies
+        )
         found = replace(plan, predicted=price(costs, plan))
         remarks = (*_memory_remarks(found, setting), sources(found))
         return Decision(found, shardings, None, remarks)
@@ -136,7 +142,7 @@ def obey(
 
 def time_layers(
     layered: LayeredGraph,
-    shardings: ShardingTable,
+    estimator: Estimator,
     uses: Uses,
     workload: Workload,
     setting: Setting,
@@ -151,7 +157,6 @@ def time_layers(
     job = setting.job
     num_sharing = int(os.environ.get("LOCAL_WORLD_SIZE", job.world_size))
     free = job.everyone(lambda: free_bytes(job.device, num_sharing))
-    estimator = Estimator(layered, shardings, setting.cluster)
     limit_bytes = min(setting.memory_bytes, *free)
     runs = job.together(
         lambda: experiments(layered, estimator, uses, workload, job.device, limit_bytes),

@@ -9,6 +9,7 @@ from galvatron_compile.costs import CostTable, LayerCost
 from galvatron_compile.graph import LayeredGraph
 from galvatron_compile.layer_timing import LayerTiming, TimingKey
 from galvatron_compile.passes.layer_costs import LayerCosts, Workload
+from galvatron_compile.passes.layer_estimate import Tallies
 from galvatron_compile.passes.node_costs import note_costs
 from galvatron_compile.passes.reshard_cost import resharding_ms
 from galvatron_compile.passes.sharding.table import ShardingTable
@@ -24,9 +25,14 @@ def annotate(
     strategies: Sequence[Strategy],
     workload: Workload,
     timings: Mapping[TimingKey, LayerTiming],
+    tallies: Tallies | None = None,
 ) -> CostTable:
-    """Cost of every layer class under every strategy and number of micro-batches."""
+    """Cost of every layer class under every strategy and number of micro-batches.
+
+    tallies: what an Estimator (passes.layer_estimate) of this model and cluster counted already.
+    """
     writer = LayerCosts.of(layered, shardings, cluster, workload, timings)
+    writer.estimator.tallies.update(tallies or {})
     note_costs(layered, writer.estimator, list(strategies))
     entries: dict[tuple[int, Strategy, int], LayerCost] = {}
     illegal: dict[tuple[int, Strategy], str] = {}
