@@ -148,35 +148,36 @@ def _contents(value: Any) -> list[Any] | None:
         return [*value.keys(), *value.values()]
     if isinstance(value, _CONTAINERS):
         return list(value)
-    if isinstance(value, (*_NUMBERS, torch.Tensor, types.ModuleType)) or value is None:
+    if isinstance(value, (*_NUMBERS, torch.Tensor)) or value is None:
         return None
+    if isinstance(value, types.ModuleType):
+        return _of_file(value)
     if isinstance(value, nn.Module):
         return [*vars(value).values(), type(value)]
     if isinstance(value, types.FunctionType):
         cells = [c.cell_contents for c in value.__closure__ or () if filled(c)]
-        return [value.__dict__, *cells]
+        return [value.__dict__, *cells] if cells or value.__dict__ else None
     if isinstance(value, types.MethodType):
         return [value.__func__, value.__self__]
     if isinstance(value, functools.partial):
         return [value.func, value.args, value.keywords]
     if isinstance(value, type):
-        return None if _foreign(value) else _of_class(value)
+        file = sys.modules.get(value.__module__)
+        return None if _foreign(value) else [*vars(value).values(), *value.__bases__, file]
     if _foreign(type(value)) and type(value) is not types.SimpleNamespace:
         return None
     slots = [n for kind in type(value).__mro__ for n in getattr(kind, "__slots__", ())]
     return [getattr(value, "__dict__", None), *(getattr(value, name, None) for name in slots)]
 
 
-def _of_class(kind: type) -> list[Any]:
-    """Class attributes and base classes, and what the class's file keeps in global variables."""
-    file = vars(sys.modules.get(kind.__module__, types))
-    kept = [
+def _of_file(file: types.ModuleType) -> list[Any]:
+    """What a model's file keeps in global variables, and its own classes; no other files."""
+    return [
         value
-        for value in file.values()
-        if not isinstance(value, (types.FunctionType, types.ModuleType))
-        and (not isinstance(value, type) or value.__module__ == kind.__module__)
+        for value in vars(file).values()
+        if not isinstance(value, (types.FunctionType, types.ModuleType, types.BuiltinFunctionType))
+        and (not isinstance(value, type) or value.__module__ == file.__name__)
     ]
-    return [*vars(kind).values(), *kind.__bases__, *kept]
 
 
 def _foreign(kind: type) -> bool:
