@@ -114,6 +114,9 @@ NCCL_BASE_US, NVLINK_STEP_US, PCIE_STEP_US, NETWORK_STEP_US = 8.4, 3.4, 5.7, 14.
 # Python, autograd and dispatcher take some 5 to 25 us an operator before a kernel is launched;
 # PyTorch 2 on a recent CPU is near the lower end: assumed, to be measured.
 HOST_MS = 0.010
+# An operator in backward costs the host less: autograd's engine calls it from C++, without Python
+# and without recording. Assumption.
+HOST_BACKWARD = 0.5
 KERNEL_RAMP_S = 5e-6  # assumption: fixed time of a kernel to start, fill the pipeline and drain
 MEMORY_SHARE = 4.3 / 4.8  # a copy on one H200, torch 2.11, driver 580: 4.3 of 4.8 TB/s
 _PAYLOADS_BYTES = (1024, 1024**3)  # the model is a line, so two points hold it

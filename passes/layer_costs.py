@@ -152,7 +152,7 @@ class LayerCosts:
             return float(strategy.recompute == "full")
         key = ("rerun", class_index, *strategy.form, local)
         if key not in self.known:
-            cheap_ms = self.estimator.part(class_index, strategy, local, "memory").forward_ms
+            cheap_ms = self.estimator.repeated_ms(class_index, strategy, local)
             whole_ms = self.estimator.computation(class_index, strategy, local).forward_ms
             self.known[key] = cheap_ms / max(whole_ms, 1e-9)
         return float(self.known[key])

@@ -25,6 +25,7 @@ from galvatron_compile.passes.sharding.sharded_layer import ShardedLayer
 from galvatron_compile.passes.sharding.table import ShardingTable
 from galvatron_compile.passes.tally import ATTENTION, MATMUL, OperatorCount, Tally, tally
 from galvatron_compile.passes.tiles import busy_share, num_processors
+from galvatron_compile.presets import HOST_BACKWARD
 from galvatron_compile.strategy import Strategy
 
 # Counting at two batch sizes gives every quantity as a straight line in the batch size.
@@ -42,6 +43,23 @@ class Estimate:
     selective_bytes: int
 
 
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a framework runs a layer, where it is not plain PyTorch.
+
+    fusion: what a compiler or hand-written kernels make of the counts (see passes.fusion).
+    exposed: share of the collectives inside layers that products do not hide.
+    backward_dispatch: host time of an operator in backward beside one in forward; recompute runs
+        forward again.
+    """
+
+    fusion: Callable[[Tally], Tally] = lambda found: found
+    exposed: float = 1.0
+    backward_dispatch: float = HOST_BACKWARD
+
+
 Tallies = MutableMapping[tuple[int, int, bool], tuple[Tally, Tally]]
 """By class, tensor-parallel degree and sequence parallel: counts at SMALL and at LARGE."""
 
@@ -51,7 +69,6 @@ class Estimator:
 
     tallies: where counts are kept, before fusion. Estimators of the same model for clusters of one
         kind of device may share them.
-    fusion: what a compiler or hand-written kernels make of the counts (see passes.fusion).
     """
 
     def __init__(
@@ -60,10 +77,11 @@ class Estimator:
         shardings: ShardingTable,
         cluster: ClusterProfile,
         tallies: Tallies | None = None,
-        fusion: Callable[[Tally], Tally] = lambda found: found,
+        execution: Execution | None = None,
     ) -> None:
         self.layered, self.shardings = layered, shardings
-        self.cluster, self.fusion = cluster, fusion
+        self.execution = execution or Execution()
+        self.cluster = cluster
         self.cuda = cluster.device.kind == "cuda"
         self.processors = num_processors(cluster.device.name) if self.cuda else None
         self.counted: Tallies = {} if tallies is None else tallies
@@ -95,9 +113,10 @@ class Estimator:
         directions = [item.direction for item in sharded.collectives]
         num = directions.count("forward"), directions.count("backward")
         at = _Line(local_batch)
+        share = self.execution.backward_dispatch
         return LayerTiming(
             self._phase_ms(small.forward, large.forward, at, communication[0], num[0]),
-            self._phase_ms(small.backward, large.backward, at, communication[1], num[1]),
+            self._phase_ms(small.backward, large.backward, at, communication[1], num[1], share),
         )
 
     def part(
@@ -116,12 +135,26 @@ class Estimator:
             self._phase_ms(only(small.backward), only(large.backward), at),
         )
 
+    def repeated_ms(self, class_index: int, strategy: Strategy, local_batch: float) -> float:
+        """What selective recompute runs again: all but products and attention that it keeps."""
+        small, large = self.tallies_of(class_index, strategy)
+
+        def again(found: Tally) -> list[OperatorCount]:
+            return [
+                count
+                for count in found.forward
+                if count.kind == "memory" or any(view[0] in found.dropped for view in count.writes)
+            ]
+
+        return self._phase_ms(again(small), again(large), _Line(local_batch))
+
     def collectives_ms(self, sharded: ShardedLayer, local_batch: float) -> tuple[float, float]:
         """Forward and backward time of the collectives inside a layer."""
         total_ms = {"forward": 0.0, "backward": 0.0}
         for item in sharded.collectives:
             num_bytes = int(item.bytes(local_batch))
-            total_ms[item.direction] += self.cluster.group_ms(item.kind, num_bytes, sharded.tp)
+            each_ms = self.cluster.group_ms(item.kind, num_bytes, sharded.tp)
+            total_ms[item.direction] += self.execution.exposed * each_ms
         return total_ms["forward"], total_ms["backward"]
 
     def flops_per_sample(self, class_index: int, strategy: Strategy) -> float:
@@ -136,7 +169,7 @@ class Estimator:
             if key not in self.counted:
                 self.counted[key] = self._count(class_index, strategy)
             small, large = self.counted[key]
-            self.tallies[key] = self.fusion(small), self.fusion(large)
+            self.tallies[key] = self.execution.fusion(small), self.execution.fusion(large)
         return self.tallies[key]
 
     def _count(self, class_index: int, strategy: Strategy) -> tuple[Tally, Tally]:
@@ -169,13 +202,14 @@ class Estimator:
         at: _Line,
         communication_ms: float = 0.0,
         num_collectives: int = 0,
+        dispatch: float = 1.0,
     ) -> float:
         """Kernels, and what the host takes longer than these and ``communication_ms``."""
         kernels_ms = self._time_ms(small, large, at)
         if not self.cuda:
             return kernels_ms
         dispatched = num_collectives + sum(count.num_bytes > 0 for count in large)
-        host_ms = dispatched * self.cluster.launch_overhead_ms.value
+        host_ms = dispatched * dispatch * self.cluster.launch_overhead_ms.value
         return max(kernels_ms, host_ms - communication_ms)
 
     def _time_ms(

@@ -61,6 +61,7 @@ class Tally:
     product_bytes: results of matrix products and attention that stay inside the layer, what
         selective recompute keeps beside the inputs.
     leaving: numbers of the storages of what the layer gives on.
+    dropped: of products' results that selective recompute does not keep after all; none here.
     """
 
     forward: tuple[OperatorCount, ...]
@@ -71,6 +72,7 @@ class Tally:
     input_bytes: int
     product_bytes: int = 0
     leaving: frozenset[int] = frozenset()
+    dropped: frozenset[int] = frozenset()
 
 
 class _Counter(TorchDispatchMode):

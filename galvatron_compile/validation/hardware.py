@@ -73,9 +73,10 @@ class Hardware:
 def _part(cluster: ClusterProfile, run: Run) -> ClusterProfile:
     """Memory and power limit as the GPU's name tells them, the preset's where it does not.
 
-    Dynamic power goes with the cube of the clock, as voltage follows it (the usual model of
-    frequency scaling, for example Mei et al. 2017), so a limit of P instead of the full power
-    leaves (P / full) ** (1/3) of the rate of products and attention.
+    Products and attention at full rate are limited by power already (795 of 989 TFLOP/s reached at
+    700 W, see presets), so with less power their rate falls in proportion: near its least voltage a
+    chip saves power by its clock alone. An H100 held at 600 of 700 W loses 10 to 15 % of a training
+    step (factryze.ai/scale-atlas/power/power-capping), which says the same.
     """
     name = run.gpu.upper()
     watts = re.search(r"(\d+)W\b", name)
@@ -88,7 +89,7 @@ def _part(cluster: ClusterProfile, run: Run) -> ClusterProfile:
         device = replace(cluster.device, memory_bytes=int(gigabytes[1]) * 1024**3)
         cluster = replace(cluster, device=device)
     if watts is not None and int(watts[1]) < TDP_W[run.preset]:
-        clock = (int(watts[1]) / TDP_W[run.preset]) ** (1 / 3)
+        clock = int(watts[1]) / TDP_W[run.preset]
         cluster = replace(
             cluster,
             matmul=tuple(_slower(curve, clock) for curve in cluster.matmul),

@@ -16,7 +16,7 @@ from galvatron_compile.errors import GalvatronError, PlanError
 from galvatron_compile.graph import LayeredGraph
 from galvatron_compile.models import DecoderShape, load_shape
 from galvatron_compile.passes.layer_costs import LayerCosts, Workload
-from galvatron_compile.passes.layer_estimate import Estimator, Tallies
+from galvatron_compile.passes.layer_estimate import Estimator, Execution, Tallies
 from galvatron_compile.passes.messages import Messages
 from galvatron_compile.passes.plan_prices import Pricer
 from galvatron_compile.passes.reshard_cost import Switches
@@ -64,7 +64,8 @@ class _Model:
         first, block, *_, norm, head = self.layered.layers
         layered = replace(self.layered, layers=(first, *[block] * run.layers, norm, head))
         kernels = Kernels(software, software.softmax_is_eager(run, micro_batch), run.vocab)
-        estimator = Estimator(layered, shardings, cluster, self.counts, kernels)
+        execution = Execution(kernels, software.exposed, software.backward_dispatch)
+        estimator = Estimator(layered, shardings, cluster, self.counts, execution)
         ranks = run.num_gpus // run.pp
         costs = LayerCosts(
             layered=layered,

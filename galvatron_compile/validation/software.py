@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from galvatron_compile.presets import HOST_MS
+from galvatron_compile.presets import HOST_BACKWARD, HOST_MS
 from galvatron_compile.validation.run import Dtype, Run
 
 if TYPE_CHECKING:
@@ -35,15 +35,16 @@ MAX_FUSED_KEYS, FUSED_BATCH = 2048, 4
 in multiples of four (megatron/model/fused_softmax.py in 2021-22); other shapes run eagerly in
 float32, operator by operator."""
 
-EARLY_HOST_MS = 0.0457
-"""Host time of one operator in Megatron-DeepSpeed of 2022-23, whose layers are Python around eager
-PyTorch 1: fitted by bench/calibrate_host.py on the rows of two GPUs in one node (see
-:func:`calibrated_on`), which are reported apart from the others."""
+EARLY_HOST_MS, EARLY_BACKWARD = 0.068, 0.41
+"""Host time of one operator in the forward pass of Megatron-DeepSpeed in 2022-23, whose layers are
+Python around eager PyTorch 1, and the share of it in backward, which autograd runs in C++: fitted
+by bench/calibrate_host.py on the rows of two GPUs in one node (see :func:`calibrated_on`), which
+are reported apart from the others."""
 
-EARLY_WHOLE_HEAD = 2.60
+EARLY_WHOLE_HEAD = 2.65
 """How many times longer than counted the head and loss take where tensor parallelism does not
 divide the vocabulary, in the same rows and fitted with them. No cause is proven: it grows with the
-hidden size, as the vocabulary's products do, which then run at 100 of 312 TFLOP/s."""
+hidden size, as the vocabulary's products do, which then run at some 100 of 312 TFLOP/s."""
 
 CALIBRATED_GPUS = 2
 
@@ -59,6 +60,10 @@ class Software:
         backward, None for what the cluster's profile says.
     fused: neighbours that are one kernel; None where a compiler fuses all it can.
     whole_head: times that an undivided head takes longer than counted.
+    kept_products: selective recompute keeps every so many-th product.
+    composite_norm: RMS norm runs operator by operator, in float32.
+    exposed: share of tensor-parallel collectives that products do not hide.
+    backward_dispatch: host time of an operator in backward, as a share of ``host_ms``.
     """
 
     name: str
@@ -68,6 +73,10 @@ class Software:
     overlap: float | None
     fused: Pairs | None
     whole_head: float = 1.0
+    kept_products: int = 1
+    composite_norm: bool = False
+    exposed: float = 1.0
+    backward_dispatch: float = HOST_BACKWARD
 
     @staticmethod
     def of(run: Run) -> Software:
@@ -79,22 +88,32 @@ class Software:
         backward, and so does FSDP (torchtitan: mixed_precision_reduce float32). ZeRO-3 gathers
         ahead in all of them.
 
+        FSDP here is torchtitan in 2024-25: selective recompute runs every second product again
+        (torchtitan/distributed/activation_checkpoint.py), and eager RMS norm is a composite, as it
+        was before torch 2.8 had a kernel for it.
+
         "compile" in the notes: torch.compile fuses memory-bound operators and dispatches the code
         it made in one call, so that no host time is left; TorchInductor (Ansel et al. 2024).
+        "async" in the notes: collectives and products run in as many pieces as there are ranks
+        (PyTorch's asynchronous tensor parallel), so that only the first piece is waited for.
         """
         if run.dtype == "fp16":
             overlap = 2.0 if run.zero < 3 else None
             return Software(
                 "early Megatron", "fp16", "float16", EARLY_HOST_MS, overlap, MEGATRON_KERNELS,
-                EARLY_WHOLE_HEAD if run.tp == 1 else 1.0,
+                EARLY_WHOLE_HEAD if run.tp == 1 else 1.0, backward_dispatch=EARLY_BACKWARD,
             )  # fmt: skip
         compiled = "compile" in run.notes.lower()
+        exposed = 1 / run.tp if "async" in run.notes.lower() else 1.0
         host_ms = 0.0 if compiled else HOST_MS
         if run.zero == 3 and run.pp == 1:
             fused = None if compiled else frozenset[tuple[str, str]]()
-            return Software("FSDP", "bf16", "float32", host_ms, None, fused)
+            return Software(
+                "FSDP", "bf16", "float32", host_ms, None, fused,
+                kept_products=2, composite_norm=not compiled, exposed=exposed,
+            )  # fmt: skip
         fused = None if compiled else MEGATRON_KERNELS
-        return Software("Megatron", "bf16", "float32", host_ms, None, fused)
+        return Software("Megatron", "bf16", "float32", host_ms, None, fused, exposed=exposed)
 
     def softmax_is_eager(self, run: Run, micro_batch: int) -> bool:
         """Whether the shape falls back from the masked softmax kernel."""

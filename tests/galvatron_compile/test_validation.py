@@ -133,7 +133,8 @@ def test_a_bad_file_is_refused(tmp_path: Path) -> None:
 
 def test_a_run_is_a_plan_with_the_head_in_the_last_stage() -> None:
     plan = run().plan()
-    assert notation.format(plan) == "tp2.dp2.zero1.recompute; micro=8; stages=5,6"
+    blocks, ends = "tp2.dp2.zero1.recompute", "tp2.dp2.zero1"  # only blocks are recomputed
+    assert notation.format(plan) == f"all: {blocks}; 0,9-10: {ends}; micro=8; stages=5,6"
     names = plan.layers
     assert names[0] == "embedding" and names[-2:] == ("norm", "head") and len(names) == 11
     again = notation.parse(notation.format(plan), names, 8, 32)
@@ -319,7 +320,7 @@ def cli(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     app = typer.Typer()
     app.command()(command.validate)
 
-    def predictor(clusters: Any) -> Any:
+    def predictor(table: Path, clusters: Any) -> Any:
         return lambda of: Prediction(1.0) if of.gpu in clusters else half(of), None
 
     monkeypatch.setattr(command, "predictor", predictor)

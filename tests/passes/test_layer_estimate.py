@@ -11,7 +11,7 @@ from galvatron_compile.compiler import understand
 from galvatron_compile.graph import LayeredGraph
 from galvatron_compile.models import DecoderShape, load_shape
 from galvatron_compile.passes.fusion import fuse
-from galvatron_compile.passes.layer_estimate import Estimator, Tallies
+from galvatron_compile.passes.layer_estimate import Estimator, Execution, Tallies
 from galvatron_compile.passes.sharding.table import ShardingTable, shard
 from galvatron_compile.precision import Precision
 from galvatron_compile.strategy import Strategy
@@ -42,7 +42,7 @@ def test_a_phase_takes_the_longer_of_kernels_and_host(model: Model) -> None:
     free, slow = estimator(model, 0.0), estimator(model, 1.0)
     kernels, host = (e.computation(BLOCK, ALONE, 1) for e in (free, slow))
     small, _ = slow.tallies_of(BLOCK, ALONE)
-    assert host.forward_ms == len(small.forward) and host.backward_ms == len(small.backward)
+    assert host.forward_ms == len(small.forward) and host.backward_ms == len(small.backward) / 2
     assert 0 < kernels.forward_ms < host.forward_ms
     # A host that takes as long as half of the kernels hides under them.
     hidden = kernels.forward_ms / len(small.forward) / 2
@@ -76,7 +76,7 @@ def test_on_the_cpu_every_operator_takes_its_call(model: Model) -> None:
 def test_counts_are_shared_before_fusion(model: Model) -> None:
     layered, shardings, counts = model
     plain = estimator(model, 0.0).tallies_of(BLOCK, ALONE)[0]
-    fused = Estimator(layered, shardings, cluster(0.0), counts, fuse)
+    fused = Estimator(layered, shardings, cluster(0.0), counts, Execution(fuse))
     assert len(fused.tallies_of(BLOCK, ALONE)[0].forward) < len(plain.forward)
     assert counts[BLOCK, 1, False][0] is plain
     assert fused.computation(BLOCK, ALONE, 2).forward_ms < estimator(model, 0.0).computation(
