@@ -15,7 +15,7 @@ from galvatron_compile import notation
 from galvatron_compile.baselines import price_baselines
 from galvatron_compile.cluster import ClusterProfile
 from galvatron_compile.constraints import Constraints
-from galvatron_compile.errors import InfeasibleError, ShapeError
+from galvatron_compile.errors import InfeasibleError, PlanError, ShapeError
 from galvatron_compile.passes.pipeline.family import Solution
 from galvatron_compile.passes.pipeline.problem import PipelineProblem
 from galvatron_compile.passes.pipeline.searcher import Outcome, search
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def plan(
-    model: str | Workable,
+    model: str | Workable | Study,
     cluster: ClusterProfile | str,
     *,
     global_batch_size: int,
@@ -47,7 +47,9 @@ def plan(
 
     Args:
         model: ``llama3-70b`` and other built-in names, a Hugging Face config, or
-            ``package.module:callable`` (see :func:`galvatron_compile.models.load_model`).
+            ``package.module:callable`` (see :func:`galvatron_compile.models.load_model`); or the
+            study of an earlier search (:class:`galvatron_compile.study.Study`), which captures
+            and prices nothing again.
         cluster: a profile, or the name of a preset (``128x8xH100``).
         global_batch_size: samples of one optimizer step over all ranks.
         seq: tokens of a sample, for models by name.
@@ -90,7 +92,7 @@ def plan(
 
 def price(
     text: str | Plan,
-    model: str | Workable,
+    model: str | Workable | Study,
     cluster: ClusterProfile | str,
     *,
     global_batch_size: int,
@@ -116,7 +118,7 @@ def price(
 
 
 def _study(
-    model: str | Workable,
+    model: str | Workable | Study,
     cluster: ClusterProfile | str,
     seq: int | None,
     global_batch_size: int,
@@ -129,6 +131,10 @@ def _study(
         cluster = ClusterProfile.preset(cluster)
     if isinstance(constraints, str):
         constraints = Constraints.parse(constraints)
+    if isinstance(model, Study):
+        if (model.cluster, model.global_batch_size) != (cluster, global_batch_size):
+            raise PlanError("the study was made for another cluster or batch; make a new one")
+        return model.under(constraints, memory_bytes)
     if isinstance(model, str):
         from galvatron_compile.models import load_model
 

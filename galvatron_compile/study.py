@@ -65,13 +65,7 @@ class Study:
 
         if global_batch_size < 1:
             raise ShapeError(f"a global batch of {global_batch_size} samples; give at least 1")
-        limit = memory_bytes if memory_bytes is not None else cluster.device.memory_bytes
-        reserve = int(cluster.reserve_bytes.value)
-        if limit <= reserve:
-            raise InfeasibleError(
-                f"a memory limit of {limit} bytes leaves nothing beside the {reserve} bytes that "
-                "the framework keeps; raise the limit"
-            )
+        limit, capacity = _capacity(cluster, memory_bytes)
         policy = Precision.parse(precision)
         say(f"capturing {model}")
         layered = understand(model.module, model.example_inputs, model.loss_fn, policy)
@@ -81,8 +75,15 @@ class Study:
         shardings = shard(layered, forms)
         workload = Workload(cluster.world_size, global_batch_size, (1,), policy)
         costs = LayerCosts.of(layered, shardings, cluster, workload, {})
-        pricer = Pricer(costs, Switches(layered, shardings, cluster), limit - reserve)
+        pricer = Pricer(costs, Switches(layered, shardings, cluster), capacity)
         return Study(model, cluster, global_batch_size, limit, constraints, pricer)
+
+    def under(self, constraints: Constraints, memory_bytes: int | None) -> Study:
+        """The same model and cluster with other constraints and another limit; captures nothing."""
+        limit, capacity = _capacity(self.cluster, memory_bytes)
+        constraints.check(len(self.layer_names))
+        pricer = replace(self.pricer, capacity_bytes=capacity)
+        return replace(self, constraints=constraints, memory_bytes=limit, pricer=pricer)
 
     @property
     def layer_names(self) -> tuple[str, ...]:
@@ -164,6 +165,18 @@ class Study:
             recompute=RECOMPUTE,
         )
         return [s for s in enumerate_within(limits) if self.constraints.allows_strategy(s)]
+
+
+def _capacity(cluster: ClusterProfile, memory_bytes: int | None) -> tuple[int, int]:
+    """(limit of a rank, what of it a plan may use). InfeasibleError if that is nothing."""
+    limit = memory_bytes if memory_bytes is not None else cluster.device.memory_bytes
+    reserve = int(cluster.reserve_bytes.value)
+    if limit <= reserve:
+        raise InfeasibleError(
+            f"a memory limit of {limit} bytes leaves nothing beside the {reserve} bytes that "
+            "the framework keeps; raise the limit"
+        )
+    return limit, limit - reserve
 
 
 def largest_tp(cluster: ClusterProfile, constraints: Constraints) -> int:

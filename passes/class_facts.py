@@ -20,7 +20,9 @@ _THROUGH = frozenset(
         aten.t.default, aten._to_copy.default, aten.unsqueeze.default,
     }
 )  # fmt: skip
-_BATCHED_PRODUCTS = frozenset({aten.bmm.default, aten.baddbmm.default})
+_BATCHED_PRODUCTS = frozenset(
+    {aten.bmm.default, aten.baddbmm.default, aten.matmul.default, aten.einsum.default}
+)
 
 
 @dataclass(frozen=True)
@@ -101,9 +103,9 @@ def _experts(
     for node in nodes:
         if node.target not in _BATCHED_PRODUCTS:
             continue
-        operands = [n for n in node.args if isinstance(n, fx.Node)]
+        operands = list(node.all_input_nodes)
         weights = [_source(n) for n in operands]
-        mine = [order.index(w) for w in weights if w in order and w.meta["val"].dim() == 3]
+        mine = [order.index(w) for w in weights if w in order and _is_expert(node, w)]
         if mine:
             found.update(mine)
             tokens = next(n for n, w in zip(operands, weights, strict=True) if w not in order)
@@ -116,6 +118,18 @@ def _experts(
         sent_bytes=_per_sample(products[0][0], symbol),
         returned_bytes=_per_sample(products[-1][1], symbol),
     )
+
+
+def _is_expert(product: fx.Node, weight: fx.Node) -> bool:
+    """One matrix per expert: three dims, of which the product keeps the first."""
+    if weight.meta["val"].dim() != 3:
+        return False
+    if product.target is not aten.einsum.default:
+        return True
+    terms, result = str(product.args[0]).replace(" ", "").split("->")
+    operands: Any = product.args[1]
+    letters = [term[0] for term, n in zip(terms.split(","), operands, strict=True) if n is weight]
+    return bool(letters) and letters[0] in result
 
 
 def _source(node: fx.Node) -> fx.Node:
