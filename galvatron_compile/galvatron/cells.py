@@ -14,68 +14,20 @@ multiplier, Handler and Zang 1980). Numbers are whole, so equal is equal.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from galvatron_compile.galvatron.labels import (
+    MANY_LABELS,
+    Answer,
+    Cell,
+    Function,
+    Option,
+    Relaxed,
+    TooManyLabels,
+    within,
+)
 
 ROUNDS = 48  # of choosing weights for the functions; the bound holds for any weights
 FIRST_GAP_SHARE = 4096
-
-
-@dataclass(frozen=True)
-class Option:
-    """What one layer adds: two times and a weight, whole numbers."""
-
-    c: int
-    s: int
-    w: int
-
-
-Function = tuple[int, int, int]
-"""(a, b, g) of a · C + b · S + g."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """``count`` layers, each with one of ``options``, within ``capacity``."""
-
-    options: tuple[Option, ...]
-    count: int
-    capacity: int
-
-    def least_weight(self) -> int:
-        return self.count * min(option.w for option in self.options)
-
-    def fits(self) -> bool:
-        return self.least_weight() <= self.capacity
-
-
-@dataclass(frozen=True)
-class Answer:
-    """value: the minimum; counts: layers by option; c, s: their sums."""
-
-    value: int
-    counts: tuple[int, ...]
-    c: int
-    s: int
-
-
-@dataclass(frozen=True)
-class Relaxed:
-    """A lower bound, scale · value, and what every option adds to it (reduced).
-
-    heavy, light: two options (perhaps one) of reduced cost 0 that use up the capacity; share: how
-    much of heavy.
-    """
-
-    bound: int
-    scale: int
-    reduced: tuple[int, ...]
-    heavy: int
-    light: int
-    share: float
-
-
-def value_of(functions: Sequence[Function], c: float, s: float) -> float:
-    return max(a * c + b * s + g for a, b, g in functions)
 
 
 def relax(cell: Cell, function: Function) -> Relaxed:
@@ -155,8 +107,16 @@ def tightest(cell: Cell, functions: Sequence[Function]) -> Relaxed:
     return best
 
 
-def solve(cell: Cell, functions: Sequence[Function], limit: int | None = None) -> Answer | None:
-    """The minimum, and an assignment that has it; None if none fits or none is below ``limit``."""
+def solve(
+    cell: Cell,
+    functions: Sequence[Function],
+    limit: int | None = None,
+    most_labels: int = MANY_LABELS,
+) -> Answer | None:
+    """The minimum, and an assignment that has it; None if none fits or none is below ``limit``.
+
+    If that takes too many labels, a good assignment and a bound (see :class:`Answer`).
+    """
     if not cell.options or not cell.fits():
         return None
     kept = _undominated(cell.options)
@@ -165,21 +125,35 @@ def solve(cell: Cell, functions: Sequence[Function], limit: int | None = None) -
     enough = None if limit is None else limit * relaxed.scale - relaxed.bound - 1
     if enough is not None and enough < 0:
         return None
+    best = within(
+        small, functions, relaxed, -1, most_labels
+    )  # the two options of the relaxation alone
     gap = max(1, abs(relaxed.bound) // FIRST_GAP_SHARE)
+    searched = -1
     while True:
-        gap = gap if enough is None else min(gap, enough)
-        found = _within(small, functions, relaxed, gap)
-        if found is not None and found.value * relaxed.scale <= relaxed.bound + gap:
+        if best is not None:  # what is better than this lies in a narrower gap
+            narrow = best.value * relaxed.scale - relaxed.bound - 1
+            enough = narrow if enough is None else min(enough, narrow)
+        if enough is not None and searched >= enough:
             break
-        if enough is not None and gap >= enough:
-            return None
+        gap = gap if enough is None else min(gap, enough)
+        try:
+            found = within(small, functions, relaxed, gap, most_labels)
+        except TooManyLabels:
+            break
+        searched = gap
+        if found is not None and (best is None or found.value < best.value):
+            best = found
         gap *= 4
-    if limit is not None and found.value >= limit:
+    if best is None:
+        return None
+    least = -(-(relaxed.bound + searched + 1) // relaxed.scale)
+    if limit is not None and min(best.value, least) >= limit:
         return None
     counts = [0] * len(cell.options)
-    for index, count in zip(kept, found.counts, strict=True):
+    for index, count in zip(kept, best.counts, strict=True):
         counts[index] = count
-    return Answer(found.value, tuple(counts), found.c, found.s)
+    return Answer(best.value, tuple(counts), best.c, best.s, min(best.value, least))
 
 
 def _undominated(options: Sequence[Option]) -> list[int]:
@@ -195,105 +169,3 @@ def _undominated(options: Sequence[Option]) -> list[int]:
         )
 
     return [i for i in range(len(options)) if not beaten(i)]
-
-
-@dataclass(frozen=True, slots=True)
-class _Label:
-    """Deviations chosen so far: how many, their sums, their reduced cost, (option, count) pairs."""
-
-    size: int
-    c: int
-    s: int
-    w: int
-    reduced: int
-    chosen: tuple[tuple[int, int], ...]
-
-
-def _within(cell: Cell, functions: Sequence[Function], relaxed: Relaxed, gap: int) -> Answer | None:
-    """The best assignment whose reduced costs add up to at most ``gap``, if any fits."""
-    fill = {relaxed.heavy, relaxed.light}
-    labels = [_Label(0, 0, 0, 0, 0, ())]
-    for index, option in enumerate(cell.options):
-        if index in fill or relaxed.reduced[index] > gap:
-            continue
-        labels = _pareto(_extended(cell, labels, index, option, relaxed.reduced[index], gap))
-    best: Answer | None = None
-    for label in labels:
-        found = _filled(cell, functions, relaxed, label)
-        if found is not None and (best is None or found.value < best.value):
-            best = found
-    return best
-
-
-def _extended(
-    cell: Cell, labels: list[_Label], index: int, option: Option, reduced: int, gap: int
-) -> list[_Label]:
-    found = []
-    for label in labels:
-        most = cell.count - label.size
-        if reduced:
-            most = min(most, (gap - label.reduced) // reduced)
-        found.append(label)
-        for n in range(1, most + 1):
-            found.append(
-                _Label(
-                    label.size + n,
-                    label.c + n * option.c,
-                    label.s + n * option.s,
-                    label.w + n * option.w,
-                    label.reduced + n * reduced,
-                    (*label.chosen, (index, n)),
-                )
-            )
-    return found
-
-
-def _pareto(labels: list[_Label]) -> list[_Label]:
-    """Of labels of one size those that no other beats in c, s and w: the rest is filled alike."""
-    kept: dict[int, list[_Label]] = {}
-    for label in sorted(labels, key=lambda x: (x.c, x.s, x.w)):
-        rivals = kept.setdefault(label.size, [])
-        if not any(r.s <= label.s and r.w <= label.w for r in rivals):
-            rivals.append(label)
-    return [label for rivals in kept.values() for label in rivals]
-
-
-def _filled(
-    cell: Cell, functions: Sequence[Function], relaxed: Relaxed, label: _Label
-) -> Answer | None:
-    """The best split of the remaining layers between the two options of the relaxation."""
-    heavy, light = cell.options[relaxed.heavy], cell.options[relaxed.light]
-    rest = cell.count - label.size
-
-    def sums(n: int) -> tuple[int, int]:
-        """With n light ones."""
-        return (
-            label.c + n * light.c + (rest - n) * heavy.c,
-            label.s + n * light.s + (rest - n) * heavy.s,
-        )
-
-    def value(n: int) -> int:
-        c, s = sums(n)
-        return max(a * c + b * s + g for a, b, g in functions)
-
-    over = label.w + rest * heavy.w - cell.capacity
-    least = 0
-    if over > 0:
-        saved = heavy.w - light.w
-        if saved <= 0 or over > rest * saved:
-            return None
-        least = -(-over // saved)
-    low, high = least, rest if relaxed.heavy != relaxed.light else least
-    while low < high:  # the value is convex in n
-        middle = (low + high) // 2
-        if value(middle + 1) < value(middle):
-            low = middle + 1
-        else:
-            high = middle
-    counts = [0] * len(cell.options)
-    for index, n in label.chosen:
-        counts[index] = n
-    counts[relaxed.light] += low
-    counts[relaxed.heavy] += rest - low
-    c, s = sums(low)
-    return Answer(value(low), tuple(counts), c, s)

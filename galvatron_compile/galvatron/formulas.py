@@ -69,7 +69,7 @@ class Workload:
     def sync_mb_per_ms(self, strategy: Strategy) -> float:
         """Bandwidth of gradient synchronisation: ranks are consecutive unless tp is inside."""
         size = strategy.dp * strategy.ulysses
-        consecutive = strategy.tp == 1 or size == self.num_gpus
+        consecutive = strategy.tp == 1
         key = (size, consecutive)
         if key not in self.profile.bandwidth:
             raise ProfileError(

@@ -19,8 +19,9 @@ from galvatron_compile.galvatron import plans
 from galvatron_compile.galvatron.formulas import MB, Workload
 from galvatron_compile.galvatron.pricing import MemoryLimit, StepPrice, price
 from galvatron_compile.galvatron.profile import GalvatronProfile
-from galvatron_compile.galvatron.search import Outcome, search, uniform
+from galvatron_compile.galvatron.search import Found, Outcome, search, uniform
 from galvatron_compile.galvatron.shapes import SHAPES
+from galvatron_compile.galvatron.space import PS_PER_MS
 from galvatron_compile.plan import Plan
 
 NO_MFU = (
@@ -94,6 +95,9 @@ def plan_from_galvatron(
 ) -> dict[str, Any]:
     """The optimum of Galvatron's space by its formulas, as data for ``--json``.
 
+    ``proven_optimal`` says that the proof is complete; where it would take too long, no plan is
+    faster than ``no_plan_below_ms``.
+
     memory_bytes: of one GPU; see :data:`.pricing.MEMORY_HELP`. exact_bytes: do not round sizes to
     MB as Galvatron does. gpu: name of a preset (``A100-80GB``) whose peak gives the MFU. top: at
     most so many alternatives.
@@ -114,6 +118,7 @@ def plan_from_galvatron(
     theirs = _galvatron_plan(work)
     record |= {
         "search_s": search_s,
+        **_proof(outcomes, best),
         "plan": json.loads(plan.to_json()),
         "galvatron_plan": json.loads(plans.dumps(plan)),
         "galvatron_plan_step_ms": None if theirs is None else price(work, theirs).step_ms,
@@ -155,6 +160,15 @@ def predicted(plan: Plan, cost: StepPrice, limit: MemoryLimit) -> Plan:
         "stages": [stage.record(limit) for stage in cost.stages],
     }
     return replace(plan, predicted=numbers)
+
+
+def _proof(outcomes: list[Outcome], best: Found) -> dict[str, Any]:
+    """Whether the plan is proven optimal, and if not how far the proof goes."""
+    least = min([o.bound_ps for o in outcomes if o.may_beat(best.step_ps)], default=best.step_ps)
+    return {
+        "proven_optimal": least >= best.step_ps,
+        "no_plan_below_ms": min(least, best.step_ps) / PS_PER_MS,
+    }
 
 
 def _galvatron_plan(work: Workload) -> Plan | None:

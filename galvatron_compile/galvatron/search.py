@@ -5,27 +5,30 @@ For one pipeline degree and number of micro-batches the step is r + max(0, max_i
 
 - replacing every C_i by a lower bound (a linear relaxation) bounds a family of plans from below,
   and families are settled in order of that bound until it reaches the best plan found;
-- where no stage but the first can have gradients left to synchronise, the step rises with C_i of
-  the other stages too: each takes its least C_i, and the first stage minimises what is left, a
-  maximum of linear functions of (C_0, S_0). Both are exact cells (:mod:`.cells`);
-- where that cannot be shown, all outcomes (C_i, S_i) of every stage that may beat the best plan
-  are enumerated.
+- counting only the first stage's unsynchronised gradients bounds it better: then every other stage
+  takes its least C_i and the first minimises a maximum of linear functions of (C_0, S_0), both
+  exact cells (:mod:`.cells`). Where later stages turn out to add nothing, that is the optimum;
+- elsewhere all outcomes (C_i, S_i) of every stage that may still beat the best plan are enumerated
+  (:mod:`.outcomes`), but only in spaces that may hold the optimum.
 
 Times are whole picoseconds and memory whole units, so nothing is lost to rounding in between.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
-from galvatron_compile.galvatron.cells import Answer, Cell, Function, Option, bound, solve
+from galvatron_compile.galvatron.families import Candidate, FamilyProblem
 from galvatron_compile.galvatron.formulas import Workload
+from galvatron_compile.galvatron.labels import FEW_LABELS, MANY_LABELS, TooManyLabels
 from galvatron_compile.galvatron.plans import layer_classes, layer_names
 from galvatron_compile.galvatron.pricing import MemoryLimit, exposed_ms, pipeline_ms
 from galvatron_compile.galvatron.space import Family, Space, spaces
 from galvatron_compile.plan import Plan, Stage
+
+IMPROVED = 3  # open families of a space whose plans are bettered stage by stage
 
 
 @dataclass(frozen=True)
@@ -38,24 +41,50 @@ class Found:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The best plan of one space. bound_ps: no plan of it is faster; None if none fits.
+    """The best plan known of one space; None if none fits.
 
-    least_units: the least memory of the fullest stage that any plan of the space needs.
+    bound_ps: no plan of the space is faster. least_units: the least memory of the fullest stage
+    that any plan of the space needs.
     """
 
     space: Space
     found: Found | None
-    bound_ps: int | None
+    bound_ps: int
     least_units: int
+
+    @property
+    def is_exact(self) -> bool:
+        return self.found is None or self.found.step_ps <= self.bound_ps
+
+    def may_beat(self, step_ps: int) -> bool:
+        """Whether its optimum is unknown and may be better than ``step_ps``."""
+        return not self.is_exact and self.bound_ps < step_ps
 
 
 def search(work: Workload, limit: MemoryLimit) -> list[Outcome]:
-    """The best plan of every pipeline degree and number of micro-batches, best first.
+    """The optimum first, then the best plan known of every other space.
 
-    Spaces that hold no plan within the limit come last, those that need least first.
+    A space is a pipeline degree and a number of micro-batches. Those that hold no plan within the
+    limit come last, that which needs least first. What is known of another space is its optimum,
+    or else ``bound_ps`` proves that its optimum is no better than the first; unless it ran out of
+    labels: then its ``bound_ps`` is below the first's step and says how far the proof goes.
     """
-    outcomes = [best_of(work, space, limit.plan_units) for space in spaces(work, limit)]
-    return sorted(outcomes, key=_rank)
+    capacity = limit.plan_units
+    outcomes = [best_of(work, space, capacity, prove=False) for space in spaces(work, limit)]
+    settled: list[Outcome] = []
+    while True:
+        outcomes.sort(key=_rank)
+        best = outcomes[0].found if outcomes else None
+        if best is None:
+            return outcomes
+        doubtful = [o for o in outcomes if o not in settled and o.may_beat(best.step_ps)]
+        if not doubtful:
+            return outcomes
+        first = min(doubtful, key=lambda o: o.bound_ps)
+        proven = best_of(work, first.space, capacity, best.step_ps)
+        both = [found for found in (proven.found, first.found) if found is not None]
+        settled.append(replace(proven, found=min(both, key=lambda found: found.step_ps)))
+        outcomes[outcomes.index(first)] = settled[-1]
 
 
 def _rank(outcome: Outcome) -> tuple[int, int]:
@@ -63,23 +92,68 @@ def _rank(outcome: Outcome) -> tuple[int, int]:
     return (0, found.step_ps) if found else (1, outcome.least_units)
 
 
-def best_of(work: Workload, space: Space, capacity: int) -> Outcome:
-    """The best plan of one space, settled family by family in order of their bounds."""
-    settled = [_Settled(space, family, capacity) for family in space.families]
-    least = min((problem.least_units() for problem in settled), default=0)
-    bounded = [(problem.bound_ps(), i) for i, problem in enumerate(settled) if problem.fits()]
-    bounded.sort()
-    best: tuple[int, list[tuple[int, ...]], Family] | None = None
-    for lowest, index in bounded:
-        if best is not None and lowest >= best[0]:
+@dataclass(frozen=True)
+class _Open:
+    """A family that may hold a plan faster than the one it was relaxed to."""
+
+    bound_ps: int
+    problem: FamilyProblem
+    counts: list[tuple[int, ...]]
+
+
+def best_of(
+    work: Workload, space: Space, capacity: int, rival_ps: int | None = None, prove: bool = True
+) -> Outcome:
+    """The best plan of one space, settled family by family in order of their bounds.
+
+    rival_ps: only plans faster than this are of interest. prove: settle families whose bound is
+    below their best plan too.
+    """
+    families = [FamilyProblem(space, family, capacity) for family in space.families]
+    least = min((problem.least_units() for problem in families), default=0)
+    fitting = [problem for problem in families if problem.fits()]
+    best: Candidate | None = None
+    limit = rival_ps
+    open_families: list[_Open] = []
+    for lowest, problem in sorted(((p.bound_ps(), p) for p in fitting), key=lambda pair: pair[0]):
+        if limit is not None and lowest >= limit:
             break
-        found = settled[index].solve(None if best is None else best[0])
-        if found is not None:
-            best = (*found, settled[index].family)
+        relaxed = problem.solve_first(limit, MANY_LABELS if prove else FEW_LABELS)
+        if relaxed is None:
+            continue
+        found = Candidate(problem.step_ps(relaxed.counts), relaxed.counts, problem.family)
+        if found.step_ps > relaxed.bound_ps:
+            open_families.append(_Open(relaxed.bound_ps, problem, relaxed.counts))
+        best, limit = _better(best, found, limit)
+    open_families.sort(key=lambda family: family.bound_ps)
+    for family in open_families[:IMPROVED]:
+        best, limit = _better(best, family.problem.improve(family.counts), limit)
+    proven = limit if limit is not None else 0
+    for family in open_families:
+        if limit is None or family.bound_ps >= limit:
+            break
+        try:
+            if not prove:
+                raise TooManyLabels
+            better = family.problem.enumerate(limit)
+        except TooManyLabels:
+            # Families of higher bounds cannot better the proof now.
+            proven = min(proven, family.bound_ps)
+            break
+        if better is not None:
+            best, limit = _better(best, better, limit)
+    if limit is not None:
+        proven = min(proven, limit)
     if best is None:
-        return Outcome(space, None, None, least)
-    plan = _plan(work, space, best[2], best[1])
-    return Outcome(space, Found(plan, best[0]), bounded[0][0], least)
+        return Outcome(space, None, proven, least)
+    plan = _plan(work, space, best.family, best.counts)
+    return Outcome(space, Found(plan, best.step_ps), proven, least)
+
+
+def _better(best: Candidate | None, found: Candidate, limit: int | None) -> tuple[Candidate, int]:
+    """The faster of two, and what a still better plan must be below."""
+    best = found if best is None or found.step_ps < best.step_ps else best
+    return best, best.step_ps if limit is None else min(limit, best.step_ps)
 
 
 def uniform(work: Workload, space: Space, capacity: int) -> Found | None:
@@ -96,7 +170,7 @@ def uniform(work: Workload, space: Space, capacity: int) -> Found | None:
             continue
         units = buffers[strategy.tp] if strategy.tp > 1 else 0
         family = Family(ends, None, (index,), units)
-        problem = _Settled(space, family, capacity)
+        problem = FamilyProblem(space, family, capacity)
         if not problem.fits():
             continue
         c, s = space.unsynchronised_ps[index], space.synchronised_ps[index]
@@ -107,129 +181,6 @@ def uniform(work: Workload, space: Space, capacity: int) -> Found | None:
         if best is None or step < best[0]:
             best = step, family, [(length,) for length in space.lengths]
     return Found(_plan(work, space, best[1], best[2]), best[0]) if best else None
-
-
-class _Settled:
-    """One family of a space as one cell a stage."""
-
-    def __init__(self, space: Space, family: Family, capacity: int) -> None:
-        self.space, self.family = space, family
-        self.ends_ps = family.ends.time_ps
-        self.chunks = space.chunks
-        self.cells = []
-        self.spent = []
-        for length, units, ends in zip(space.lengths, space.units, family.ends.units, strict=True):
-            options = tuple(
-                Option(space.unsynchronised_ps[i], space.synchronised_ps[i], units[i])
-                for i in family.allowed
-            )
-            spent = ends + family.buffer_units
-            self.cells.append(Cell(options, length, capacity - spent))
-            self.spent.append(spent)
-
-    def fits(self) -> bool:
-        return all(cell.fits() for cell in self.cells)
-
-    def least_units(self) -> int:
-        both = zip(self.cells, self.spent, strict=True)
-        return max(cell.least_weight() + spent for cell, spent in both)
-
-    def bound_ps(self) -> int:
-        lowest = [
-            ends + bound(cell, [(1, 0, 0)])
-            for cell, ends in zip(self.cells, self.ends_ps, strict=True)
-        ]
-        return int(pipeline_ms(lowest, self.chunks))
-
-    def solve(self, limit: int | None) -> tuple[int, list[tuple[int, ...]]] | None:
-        """Step and layers by strategy of every stage; None if no plan is below ``limit``."""
-        if not self.only_first_exposes():
-            return self._enumerate(limit)
-        rest = []
-        for cell in self.cells[1:]:
-            answer = solve(cell, [(1, 0, 0)])
-            assert answer is not None
-            rest.append(answer)
-        first = solve(self.cells[0], self._functions(rest), limit)
-        if first is None:
-            return None
-        return first.value, [first.counts, *(answer.counts for answer in rest)]
-
-    def only_first_exposes(self) -> bool:
-        """Whether S_i - ΣC_≤i <= 0 for every stage but the first, whatever the layers choose."""
-        options = self.cells[0].options
-        quickest = min(option.c for option in options)
-        most = max(option.s - option.c for option in options)
-        before = 0
-        for i, cell in enumerate(self.cells):
-            if i and cell.count * most - self.ends_ps[i] > before:
-                return False
-            before += self.ends_ps[i] + cell.count * quickest
-        return True
-
-    def _functions(self, rest: Sequence[Answer]) -> list[Function]:
-        """The step as a maximum of functions of the first stage's sums of layers."""
-        pp, chunks, own = len(self.cells), self.chunks, self.ends_ps[0]
-        others = [a.c + ends for a, ends in zip(rest, self.ends_ps[1:], strict=True)]
-        if pp == 1:
-            pipeline = [(chunks, 0, chunks * own)]
-        else:
-            drained = chunks + 1 - pp
-            pipeline = [
-                (1, 0, own + sum(others) + (chunks - 1) * others[-1]),
-                (pp - 1 + drained, 0, (pp - 1 + drained) * own),
-                (drained, 0, drained * own + sum(others)),
-            ]
-        # … and with S_0 - C_0 on top.
-        return [*pipeline, *((a - 1, 1, g - own) for a, _, g in pipeline)]
-
-    def _enumerate(self, limit: int | None) -> tuple[int, list[tuple[int, ...]]] | None:
-        """Every outcome of every stage that the pipeline alone does not rule out."""
-        lowest = [
-            ends + cell.count * min(option.c for option in cell.options)
-            for cell, ends in zip(self.cells, self.ends_ps, strict=True)
-        ]
-        stages = [list(_outcomes(cell).items()) for cell in self.cells]
-        best: tuple[int, list[tuple[int, ...]]] | None = None
-
-        def descend(chosen: list[tuple[int, int]], counts: list[tuple[int, ...]]) -> None:
-            nonlocal best
-            most = best[0] if best is not None else limit
-            c = [value for value, _ in chosen] + lowest[len(chosen) :]
-            if most is not None and pipeline_ms(c, self.chunks) >= most:
-                return
-            if len(chosen) == len(stages):
-                s = [value for _, value in chosen]
-                total = int(pipeline_ms(c, self.chunks) + exposed_ms(c, s))
-                if most is None or total < most:
-                    best = total, counts
-                return
-            ends = self.ends_ps[len(chosen)]
-            for (layers_c, layers_s), numbers in stages[len(chosen)]:
-                descend([*chosen, (layers_c + ends, layers_s)], [*counts, numbers])
-
-        descend([], [])
-        return best
-
-
-def _outcomes(cell: Cell) -> dict[tuple[int, int], tuple[int, ...]]:
-    """All sums (C, S) within capacity, each with one assignment that has them."""
-    found: dict[tuple[int, int], tuple[int, ...]] = {}
-
-    def assignments(index: int, left: int) -> Iterator[tuple[int, ...]]:
-        if index == len(cell.options) - 1:
-            yield (left,)
-            return
-        for n in range(left + 1):
-            for rest in assignments(index + 1, left - n):
-                yield (n, *rest)
-
-    for counts in assignments(0, cell.count):
-        pairs = list(zip(counts, cell.options, strict=True))
-        if sum(n * option.w for n, option in pairs) <= cell.capacity:
-            c, s = (sum(n * getattr(option, name) for n, option in pairs) for name in ("c", "s"))
-            found.setdefault((c, s), counts)
-    return found
 
 
 def _plan(work: Workload, space: Space, family: Family, counts: Sequence[tuple[int, ...]]) -> Plan:

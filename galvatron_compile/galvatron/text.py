@@ -24,10 +24,7 @@ def describe_plan(report: Mapping[str, Any]) -> str:
     parts = [describe_price(report)]
     if "alternatives" in report:
         parts.append(_alternatives(report["alternatives"], report["step_ms"]))
-        parts.append(
-            f"exact optimum of Galvatron's space by its formulas, found in "
-            f"{report['search_s']:.2f} s"
-        )
+        parts.append(f"{_proof(report)}, found in {report['search_s']:.2f} s")
     if report.get("left_out"):
         parts.append("not measured, so left out:\n" + "\n".join(report["left_out"]))
     return "\n\n".join(parts)
@@ -40,6 +37,13 @@ def describe_price(report: Mapping[str, Any]) -> str:
     mfu = report["mfu"]
     lines += [f"MFU {100 * mfu:.1f} % ({report['mfu_reason']})"] if mfu is not None else []
     return "\n".join([*lines, "", _parts(report), "", _memory(report)])
+
+
+def _proof(report: Mapping[str, Any]) -> str:
+    if report["proven_optimal"]:
+        return "exact optimum of Galvatron's space by its formulas"
+    gap = 100 * (report["step_ms"] / report["no_plan_below_ms"] - 1)
+    return f"NOT PROVEN optimal: a faster plan may exist, by at most {gap:.2f} %"
 
 
 def _parts(report: Mapping[str, Any]) -> str:

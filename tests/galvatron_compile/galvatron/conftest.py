@@ -14,7 +14,7 @@ import pytest
 from galvatron_compile.galvatron.formulas import Workload
 from galvatron_compile.galvatron.profile import GalvatronProfile
 
-SEQ, HIDDEN = 128, 64
+SEQ, HIDDEN = 128, 16384  # a sample's message is 4 MB
 Files = dict[str, dict[str, Any]]
 
 

@@ -7,7 +7,8 @@ from random import Random
 
 import pytest
 
-from galvatron_compile.galvatron.cells import Cell, Function, Option, bound, solve
+from galvatron_compile.galvatron.cells import bound, solve
+from galvatron_compile.galvatron.labels import Cell, Function, Option
 
 
 def brute_force(cell: Cell, functions: list[Function]) -> int | None:
@@ -62,6 +63,17 @@ def test_a_limit_keeps_what_is_below_it_and_nothing_else(seed: int) -> None:
     assert solve(cell, functions, answer.value) is None
     below = solve(cell, functions, answer.value + 1)
     assert below is not None and below.value == answer.value
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_without_labels_the_bound_holds(seed: int) -> None:
+    cell, functions = random_cell(Random(seed))
+    exact = solve(cell, functions)
+    rough = solve(cell, functions, None, 0)
+    assert (rough is None) == (exact is None)
+    if rough is not None and exact is not None:
+        assert rough.bound <= exact.value <= rough.value
+        assert exact.bound == exact.value
 
 
 def test_ten_thousand_layers_are_as_exact_as_ten() -> None:

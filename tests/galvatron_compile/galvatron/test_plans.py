@@ -58,6 +58,11 @@ def test_every_field_is_read() -> None:
     assert (plan.global_batch_size, plan.num_micro_batches, plan.schedule) == (16, 4, "1f1b")
 
 
+def test_zero3_without_data_ranks_divides_nothing() -> None:
+    plan = plans.loads(text(dp_types_enc="0,1,0,1"), 8)
+    assert plan.strategies[4] == Strategy(tp=4, sequence_parallel=True)
+
+
 @pytest.mark.parametrize(
     "changed",
     [

@@ -188,6 +188,9 @@ def test_a_whole_plan(work: Workload) -> None:
 def test_the_buffer_of_tensor_parallelism(work: Workload) -> None:
     tensor = price(work, parsed(work, "dp4.zero2; 1: tp2.sp.dp2.zero2"))
     assert tensor.stages[0].buffer_mb == pytest.approx(8 / (4 / 2))
+    layers = [200 + 4 * 400 * 0.346375] * 3 + [200 + 4 * 200 * (7 / 8 * 0.503 + 1 / 8)]
+    ends = 1600 * 0.346375 + 80 + 1024
+    assert tensor.stages[0].rounded_mb == sum(map(math.ceil, [*layers, ends])) + 4
     wider = price(work, parsed(work, "ulysses4; 1: tp2.sp.dp2.zero2"))
     assert wider.stages[0].buffer_mb == pytest.approx(8.0)
     assert price(work, parsed(work, "ulysses4")).stages[0].buffer_mb == 0

@@ -14,7 +14,7 @@ import pytest
 from galvatron_compile import notation
 from galvatron_compile.errors import InfeasibleError, ProfileError
 from galvatron_compile.galvatron import plans
-from galvatron_compile.galvatron.formulas import MB
+from galvatron_compile.galvatron.formulas import MB, Workload
 from galvatron_compile.galvatron.pricing import price
 from galvatron_compile.galvatron.report import memory_limit, plan_from_galvatron, workload
 from galvatron_compile.galvatron.text import describe_plan
@@ -83,6 +83,23 @@ def test_the_text(files: Files, written: Written) -> None:
     assert f"{report['step_ms']:.3f} ms a step" in text
 
 
+def test_a_proof_that_is_not_complete_is_said(
+    made_work: Callable[..., Workload], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = made_work(8, 8, 16, 2)
+    options: dict[str, Any] = {"num_layers": 8, "hidden_size": 4096}
+    memory_bytes = int(1500 + 8 * work.model.parameter_mb) * MB
+    folder = work.profile.directory
+    exact = plan_from_galvatron(folder, 8, 128, 16, memory_bytes, **options)
+    assert exact["proven_optimal"]
+    for name in ("search.FEW_LABELS", "search.MANY_LABELS", "outcomes.MANY_LABELS"):
+        monkeypatch.setattr(f"galvatron_compile.galvatron.{name}", 0)
+    report = plan_from_galvatron(folder, 8, 128, 16, memory_bytes, **options)
+    assert not report["proven_optimal"]
+    assert report["no_plan_below_ms"] <= exact["step_ms"] <= report["step_ms"] + 1e-6
+    assert "NOT PROVEN optimal" in describe_plan(report)
+
+
 def test_mfu_needs_a_known_gpu(files: Files, written: Written) -> None:
     folder = written(files)
     report = planned(folder, gpu="A100-80GB")
@@ -131,6 +148,9 @@ def test_llama(llama: Path) -> None:
     assert report["step_ms"] == pytest.approx(1085.952, abs=1e-3)
     assert report["galvatron_plan_step_ms"] == pytest.approx(1086.046124, abs=1e-6)
     assert report["memory_limit_bytes"] == 29492 * MB
+    assert report["proven_optimal"] and report["no_plan_below_ms"] == pytest.approx(
+        report["step_ms"], abs=1e-6
+    )
     by_name = {record["name"]: record for record in report["alternatives"]}
     assert by_name["one strategy for all layers"]["step_ms"] == pytest.approx(1117.7, abs=0.05)
     assert plan_from_galvatron(llama, 8, 2048, 16)["step_ms"] == report["step_ms"]
