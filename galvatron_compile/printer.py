@@ -230,6 +230,8 @@ def structural_key(graph: fx.Graph, kinds: Sequence[str], symbol: Any) -> str:
             return "[" + ",".join(map(spelled, argument)) + "]"
         if isinstance(argument, dict):
             return "{" + ",".join(f"{k}:{spelled(v)}" for k, v in sorted(argument.items())) + "}"
+        if isinstance(argument, torch.device):  # ranks have different ones, a laptop has none
+            return "device"
         return repr(argument)
 
     lines = [",".join(kinds)]

@@ -208,3 +208,26 @@ def test_data_placements_noted_on_nodes_reach_the_classes() -> None:
 def test_printed_layers_are_the_golden_ones() -> None:
     _, layered = odd_gpt()
     assert f"{layered}\n" == (GOLDEN / "layers_odd_gpt.txt").read_text()
+
+
+def test_the_fingerprint_does_not_depend_on_the_device() -> None:
+    """A plan made on a laptop's meta device, or by a rank with another GPU, is for this model."""
+
+    class Positions(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = torch.nn.Embedding(8, 4)
+            self.blocks = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x + self.table(torch.arange(x.shape[1], device=x.device))
+            for block in self.blocks:
+                x = torch.tanh(block(x))
+            return x.square().sum()
+
+    def found(device: str) -> str:
+        with torch.device(device):
+            model, x = Positions(), torch.randn(2, 8, 4)
+        return fingerprint(find_layers(capture(model, {"x": x})))
+
+    assert found("cpu") == found("meta")
