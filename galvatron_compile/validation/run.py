@@ -122,13 +122,14 @@ class Run:
         """The decoder that was trained.
 
         A gpt trained in fp16 or with selective recompute dates from before FlashAttention (Dao et
-        al. 2022) was usual: scores in memory, dropout as in GPT-2. Megatron ties the head.
+        al. 2022) was usual: scores in memory, dropout as in GPT-2; context parallel came after it.
+        Megatron ties the head.
         """
         if self.family == "llama":
             return DecoderShape(
                 self.hidden, self.layers, self.heads, self.kv_heads, self.ffn, self.vocab, self.seq
             )
-        early = self.dtype == "fp16" or self.recompute == "selective"
+        early = (self.dtype == "fp16" or self.recompute == "selective") and self.cp == 1
         return DecoderShape(
             self.hidden, self.layers, self.heads, self.kv_heads, self.ffn, self.vocab, self.seq,
             norm="layer", mlp="gelu", positions="learned", tied=True, biases="all",

@@ -141,8 +141,9 @@ def test_a_measured_profile_is_used_as_it_is(tmp_path: Path, predictor: Predicto
 
 
 def test_what_cannot_run_names_the_row(predictor: Predictor) -> None:
-    with pytest.raises(GalvatronError, match="row 9: "):
-        predictor.predict(run(row=9, tp=1, cp=2))  # context parallel needs fused attention
+    assert predictor.predict(run(tp=1, cp=2)).step_ms > 0
+    with pytest.raises(GalvatronError, match=r"row 9: .* does not divide into 2 × cp4"):
+        predictor.predict(run(row=9, tp=1, pp=1, cp=4, seq=100))
 
 
 # --- kernels -----------------------------------------------------------------------------------
