@@ -282,6 +282,18 @@ class ClusterProfile:
         return preset(name)
 
     @staticmethod
+    def from_galvatron(directory: str | Path, gpu: str = "A100-80GB") -> ClusterProfile:
+        """What a folder of Galvatron's profiles says of the machine; the rest is ``gpu``'s preset.
+
+        ProfileError for a missing or malformed file. Galvatron's layer times are no facts about
+        the machine: ``galvatron-compile plan --from-galvatron`` searches on those.
+        """
+        from galvatron_compile.galvatron.cluster import to_cluster
+        from galvatron_compile.galvatron.profile import GalvatronProfile
+
+        return to_cluster(GalvatronProfile.load(directory), gpu)
+
+    @staticmethod
     def presets() -> tuple[str, ...]:
         """GPU names that :meth:`preset` knows."""
         from galvatron_compile.presets import GPUS

@@ -70,11 +70,7 @@ class Planned:
         }
 
     def __str__(self) -> str:
-        predicted = self.plan.predicted
-        parts = [f"WARNING: {text}" for text in predicted["warnings"]]
-        parts += [headline(self.plan), _memory_table(predicted), _causes_table(predicted)]
-        parts.append(f"bound by {predicted['bound_by']}")
-        parts.append(self._others())
+        parts = [describe(self.plan), self._others()]
         if self.rejected:
             lines = [f"  {family}: {why}" for family, why in self.rejected]
             parts.append("why other families lost\n" + "\n".join(lines))
@@ -108,6 +104,18 @@ class Planned:
             f"{line.ljust(width)}  {text}".rstrip()
             for line, text in zip(table, prose, strict=True)
         )
+
+
+def describe(plan: Plan) -> str:
+    """A priced plan: warnings, what runs and how fast, memory by stage, time by cause."""
+    predicted = plan.predicted
+    parts = [f"WARNING: {text}" for text in predicted["warnings"]]
+    parts += [headline(plan), _memory_table(predicted), _causes_table(predicted)]
+    limit = predicted["memory_limit_bytes"]
+    over = predicted["memory_bytes"] - limit
+    if over > 0:
+        parts.append(f"DOES NOT FIT: {over / GIB:.2f} GiB over the limit of {limit / GIB:.1f} GiB")
+    return "\n\n".join([*parts, f"bound by {predicted['bound_by']}"])
 
 
 def headline(plan: Plan) -> str:

@@ -107,7 +107,7 @@ def price(
     """
     study = _study(model, cluster, seq, global_batch_size, memory_bytes, precision, "", say)
     if isinstance(text, Plan):
-        given = replace(text, layers=study.layer_names) if not text.model else text
+        given = named_as(text, study.layer_names)
         given.check_model(
             given.model, len(study.layer_names), study.cluster.world_size, global_batch_size
         )
@@ -115,6 +115,26 @@ def price(
         ranks = study.cluster.world_size
         given = notation.parse(text, study.layer_names, ranks, global_batch_size)
     return predicted(study, given)
+
+
+def named_as(given: Plan, layer_names: tuple[str, ...]) -> Plan:
+    """A plan that is for any model of as many layers, with this model's names.
+
+    Plans of Galvatron's know no final norm of its own: it runs as the head does.
+    """
+    if given.model or given.layers == layer_names:
+        return given
+    if len(given.layers) == len(layer_names) - 1 and "norm" in layer_names[-2:]:
+        stages = given.stages
+        if stages:
+            last = stages[-1]
+            stages = (*stages[:-1], Stage(last.first, last.last + 1))
+        strategies = (*given.strategies, given.strategies[-1])
+        return replace(
+            given, layers=layer_names, strategies=strategies, stages=stages, classes=(),
+            predicted={},
+        )  # fmt: skip
+    return replace(given, layers=layer_names) if len(given.layers) == len(layer_names) else given
 
 
 def _study(

@@ -18,8 +18,8 @@ MODEL_HELP = (
 CLUSTER_HELP = "A preset such as 128x8xH100 (nodes x GPUs x GPU), or a profile's file."
 MEMORY_HELP = (
     "Limit of a rank, for example 76GiB, the framework's reserve included "
-    "[default: the device's memory]. With --from-galvatron: the device's memory, of which its "
-    "formulas use four fifths."
+    "(default: the device's memory). With --from-galvatron: the device's memory, of which its "
+    "formulas keep a fifth back where it is more than 20 GiB."
 )
 
 
@@ -71,7 +71,7 @@ def plan(
                 "llama3-70b --cluster 128x8xH100 --global-batch 2048 --seq 8192"
             )
         from galvatron_compile import planning
-        from galvatron_compile.planned import headline
+        from galvatron_compile.planned import describe
 
         settings: dict[str, Any] = {
             "global_batch_size": global_batch,
@@ -83,7 +83,7 @@ def plan(
         if notation is not None:
             priced = planning.price(notation, str(model), load_cluster(str(cluster)), **settings)
             _write(priced.to_json(), out)
-            typer.echo(priced.to_json() if as_json else headline(priced))
+            typer.echo(priced.to_json() if as_json else describe(priced))
             return
         found = planning.plan(
             str(model), load_cluster(str(cluster)), constraints=constraints, top=top,
@@ -108,9 +108,11 @@ def _plan_on_galvatron(
     from galvatron_compile.galvatron import text
     from galvatron_compile.galvatron.report import plan_from_galvatron
 
+    shown = None if as_json else top  # programs get all alternatives, people the nearest
+
     if gpus is None or seq is None or global_batch is None:
         raise PlanError("--from-galvatron needs --gpus, --seq and --global-batch too")
-    record = plan_from_galvatron(directory, gpus, seq, global_batch, memory_bytes, top=top)
+    record = plan_from_galvatron(directory, gpus, seq, global_batch, memory_bytes, top=shown)
     _write(json.dumps(record["plan"], indent=1) + "\n", out)
     typer.echo(json.dumps(record, indent=1) if as_json else text.describe_plan(record))
 

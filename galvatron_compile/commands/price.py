@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -27,6 +27,12 @@ def price(
             help="A plan: a file of ours or of Galvatron's, or the compact notation in quotes."
         ),
     ],
+    model: Annotated[
+        str | None, typer.Option(help="The model that the plan is for, as plan takes it.")
+    ] = None,
+    cluster: Annotated[
+        str | None, typer.Option(help="A preset such as 8xH100, or a profile's file.")
+    ] = None,
     from_galvatron: Annotated[
         Path | None,
         typer.Option(help="Folder with Galvatron's profiles; its formulas give the price."),
@@ -53,10 +59,12 @@ def price(
 ) -> None:
     """Price a plan: step time by cause, and memory of every stage against the limit."""
     with user_errors():
+        from galvatron_compile.planned import describe
+
         memory_bytes = None if memory is None else parse_bytes(memory)
         if from_galvatron is None:
-            report = price_on_cluster(plan, gpus, seq, global_batch, memory_bytes)
-            typer.echo(json.dumps(report, indent=1))
+            priced = price_on_cluster(plan, model, cluster, seq, global_batch, memory_bytes)
+            typer.echo(priced.to_json() if as_json else describe(priced))
             return
         needed = {"--gpus": gpus, "--seq": seq, "--global-batch": global_batch}
         missing = [name for name, value in needed.items() if value is None]
@@ -77,16 +85,50 @@ def price(
 
 def price_on_cluster(
     plan: str,
-    gpus: int | None,
+    model: str | None,
+    cluster: str | None,
     seq: int | None,
     global_batch: int | None,
     memory_bytes: int | None,
-) -> dict[str, Any]:
-    """HOOK: price a plan of ours on a cluster profile. To be filled by the planner's cost model."""
-    raise UnsupportedError(
-        "price works on Galvatron's profiles so far; pass --from-galvatron DIR with --gpus, --seq "
-        "and --global-batch"
+) -> Plan:
+    """A plan of either format, or the compact notation, by our own cost model."""
+    needed = {"--model": model, "--cluster": cluster, "--global-batch": global_batch}
+    missing = [name for name, value in needed.items() if value is None]
+    if model is None or cluster is None or global_batch is None:
+        raise PlanError(
+            f"price needs {' and '.join(missing)} (or --from-galvatron DIR), for example: "
+            "galvatron-compile price plan.json --model llama3-8b --cluster 8xH100 "
+            "--global-batch 64"
+        )
+    from galvatron_compile import planning
+    from galvatron_compile.commands.plan import load_cluster
+
+    profile = load_cluster(cluster)
+    return planning.price(
+        given_plan(plan, profile.world_size),
+        model,
+        profile,
+        global_batch_size=global_batch,
+        seq=seq,
+        memory_bytes=memory_bytes,
+        say=lambda text: typer.echo(f"… {text}", err=True),
     )
+
+
+def given_plan(text: str, num_ranks: int) -> Plan | str:
+    """The plan in a file of either format, else the text itself: the compact notation."""
+    from galvatron_compile.galvatron import plans
+    from galvatron_compile.plan import Plan
+
+    path = Path(text)
+    if not _is_file(path):
+        if path.suffix == ".json":
+            raise PlanError(f"there is no plan at {path}; give a file or the compact notation")
+        return text
+    content = path.read_text(encoding="utf-8")
+    if plans.is_galvatron(content):
+        return plans.load(path, num_ranks)
+    return Plan.load(path) if content.lstrip().startswith("{") else content.strip()
 
 
 def read_plan(text: str, work: Workload) -> Plan:
