@@ -76,7 +76,8 @@ def _part(cluster: ClusterProfile, run: Run) -> ClusterProfile:
     Products and attention at full rate are limited by power already (795 of 989 TFLOP/s reached at
     700 W, see presets), so with less power their rate falls in proportion: near its least voltage a
     chip saves power by its clock alone. An H100 held at 600 of 700 W loses 10 to 15 % of a training
-    step (factryze.ai/scale-atlas/power/power-capping), which says the same.
+    step (factryze.ai/scale-atlas/power/power-capping), which says the same. An assumption still,
+    and made when errors of rows with such a part had been seen (bench/LOG.md).
     """
     name = run.gpu.upper()
     watts = re.search(r"(\d+)W\b", name)
