@@ -99,6 +99,20 @@ def test_ties_go_to_fewer_stages() -> None:
     assert search(problems).solved[0].problem.family.pp == 1
 
 
+def test_ties_go_to_fewer_changes() -> None:
+    """Two classes that cannot share an option, and two that can; all costs are zero."""
+    zeros = np.zeros((2, 2), dtype=np.int64)
+    two, layout = (Strategy(), Strategy(dp=2)), np.zeros(2, dtype=np.int64)
+    apart = StageCosts(two, np.eye(2, dtype=np.bool_), *[zeros] * 7, layout, {})
+    alike = dataclasses.replace(apart, allowed=np.ones((2, 2), dtype=np.bool_))
+    changing, steady = (
+        PipelineProblem(Family(1, 1, "1f1b"), (0, 1), costs, (), 0) for costs in (apart, alike)
+    )
+    for given in ([changing, steady], [steady, changing]):
+        best = search(given).best
+        assert best is not None and best.problem is steady and best.num_changes == 0
+
+
 def test_infeasible_families_say_why() -> None:
     problem = small_problem(3)
     none = dataclasses.replace(problem.costs, allowed=np.zeros_like(problem.costs.allowed))
