@@ -7,6 +7,7 @@ by FLOPs, collectives by bytes, states by ZeRO stage, activations by recompute, 
 of noise so that no two options tie by construction. Table on stdout, JSON under bench/results.
 """
 
+# ruff: noqa: E402  (threads are counted when numpy is loaded)
 from __future__ import annotations
 
 import argparse

@@ -19,18 +19,30 @@ _HOME = {
     "ClusterProfile": "galvatron_compile.cluster",
     "GalvatronError": "galvatron_compile.errors",
     "ParallelModel": "galvatron_compile.parallel_model",
-    "Plan": "galvatron_compile.plan",
+    "Plan": "galvatron_compile.plans",
     "Strategy": "galvatron_compile.strategy",
     "compile": "galvatron_compile.compiler",
+    "plan": "galvatron_compile.planning",
+    "price": "galvatron_compile.planning",
 }
-__all__ = ["ClusterProfile", "GalvatronError", "ParallelModel", "Plan", "Strategy", "compile"]
+__all__ = [
+    "ClusterProfile",
+    "GalvatronError",
+    "ParallelModel",
+    "Plan",
+    "Strategy",
+    "compile",
+    "plan",
+    "price",
+]
 
 if TYPE_CHECKING:
     from galvatron_compile.cluster import ClusterProfile
     from galvatron_compile.compiler import compile
     from galvatron_compile.errors import GalvatronError
     from galvatron_compile.parallel_model import ParallelModel
-    from galvatron_compile.plan import Plan
+    from galvatron_compile.planning import plan, price
+    from galvatron_compile.plans import Plan
     from galvatron_compile.strategy import Strategy
 
 

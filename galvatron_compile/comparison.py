@@ -10,7 +10,7 @@ from functools import cached_property
 from galvatron_compile import comparison_reasons as reasons
 from galvatron_compile.cluster_text import Section
 from galvatron_compile.errors import PlanError
-from galvatron_compile.plan import Plan
+from galvatron_compile.plans import Plan
 from galvatron_compile.prediction import CAUSES, Prediction, schedule_name, stage_noun
 from galvatron_compile.quantities import GIB, MINUS, count, decimals, duration, size, spans
 from galvatron_compile.strategy import Strategy

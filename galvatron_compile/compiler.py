@@ -26,7 +26,7 @@ from galvatron_compile.passes.batch import batch
 from galvatron_compile.passes.capture_once import capture_once
 from galvatron_compile.passes.layers import find_layers
 from galvatron_compile.passes.rewrite import mesh_degrees, rewrite
-from galvatron_compile.plan import Plan
+from galvatron_compile.plans import Plan
 from galvatron_compile.precision import Precision, computing_in
 from galvatron_compile.printer import fingerprint
 from galvatron_compile.program import StageProgram

@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from galvatron_compile.errors import PlanError
-from galvatron_compile.plan import SCHEDULES
+from galvatron_compile.plans import SCHEDULES
 from galvatron_compile.strategy import RECOMPUTE, Strategy
 
 NUMBERS = ("pp", "micro", "virtual", "tp", "ulysses", "cp", "ep", "dp", "zero")

@@ -30,7 +30,7 @@ from galvatron_compile.passes.layer_estimate import Estimator
 from galvatron_compile.passes.partition import price, search
 from galvatron_compile.passes.sharding.table import ShardingTable, shard
 from galvatron_compile.passes.strategies import enumerate_strategies
-from galvatron_compile.plan import Plan
+from galvatron_compile.plans import Plan
 from galvatron_compile.precision import Precision
 from galvatron_compile.printer import fingerprint
 from galvatron_compile.search_report import SearchReport, sources

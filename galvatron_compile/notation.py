@@ -41,7 +41,7 @@ from itertools import accumulate, groupby, pairwise
 from typing import NoReturn
 
 from galvatron_compile.errors import NotationError, PlanError
-from galvatron_compile.plan import SCHEDULES, Plan, Stage
+from galvatron_compile.plans import SCHEDULES, Plan, Stage
 from galvatron_compile.strategy import Recompute, Strategy
 
 ROLES = ("all", "embedding", "blocks", "norm", "head")

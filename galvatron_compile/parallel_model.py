@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from galvatron_compile.batches import check_batch, flatten_batch, split_batch, take_share
 from galvatron_compile.errors import NonFiniteLossError, PeerError
-from galvatron_compile.plan import Plan
+from galvatron_compile.plans import Plan
 from galvatron_compile.precision import Precision
 from galvatron_compile.seeds import mix
 from galvatron_compile.states import States

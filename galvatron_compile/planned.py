@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from galvatron_compile import notation
-from galvatron_compile.plan import Plan
+from galvatron_compile.plans import Plan
 from galvatron_compile.prediction import CAUSES
 from galvatron_compile.text import columns
 

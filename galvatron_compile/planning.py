@@ -19,8 +19,8 @@ from galvatron_compile.errors import InfeasibleError, PlanError, ShapeError
 from galvatron_compile.passes.pipeline.family import Solution
 from galvatron_compile.passes.pipeline.problem import PipelineProblem
 from galvatron_compile.passes.pipeline.searcher import Outcome, search
-from galvatron_compile.plan import Plan, Stage
 from galvatron_compile.planned import GIB, Alternative, Planned, biggest_difference
+from galvatron_compile.plans import Plan, Stage
 from galvatron_compile.prediction import CAUSES
 from galvatron_compile.rejected import why_families_lost
 from galvatron_compile.study import Say, Study, peak_flops_per_s

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from galvatron_compile.plan import Plan
+from galvatron_compile.plans import Plan
 
 CAUSES = {
     "compute_ms": "computation",

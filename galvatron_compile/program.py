@@ -11,7 +11,7 @@ from torch import fx
 
 from galvatron_compile.graph import InputSpec
 from galvatron_compile.mesh import Mesh
-from galvatron_compile.plan import Plan
+from galvatron_compile.plans import Plan
 from galvatron_compile.printer import format_graph
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from galvatron_compile.errors import UnsupportedError
-from galvatron_compile.plan import Plan
+from galvatron_compile.plans import Plan
 from galvatron_compile.strategy import Strategy
 
 LATER = {

@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import Literal
 
 from galvatron_compile.errors import PlanError
-from galvatron_compile.plan import SCHEDULES
+from galvatron_compile.plans import SCHEDULES
 
 Kind = Literal["F", "B", "I", "W"]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from galvatron_compile.costs import CostTable
-from galvatron_compile.plan import Plan
+from galvatron_compile.plans import Plan
 from galvatron_compile.strategy import Strategy
 from galvatron_compile.text import columns, mib, ms
 

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from galvatron_compile.errors import PlanError
-from galvatron_compile.plan import Plan, Stage
+from galvatron_compile.plans import Plan, Stage
 from galvatron_compile.prediction import Prediction
 from galvatron_compile.schedules import Action, actions
 

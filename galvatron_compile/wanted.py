@@ -19,7 +19,7 @@ from galvatron_compile.errors import (
     ShapeError,
 )
 from galvatron_compile.job import Job
-from galvatron_compile.plan import Plan
+from galvatron_compile.plans import Plan
 from galvatron_compile.precision import Precision
 
 

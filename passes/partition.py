@@ -25,7 +25,7 @@ from galvatron_compile.passes.pricing import (
     resharding_step_ns,
     resident_bytes,
 )
-from galvatron_compile.plan import Plan
+from galvatron_compile.plans import Plan
 from galvatron_compile.search_report import Candidate, SearchReport
 from galvatron_compile.strategy import Strategy
 from galvatron_compile.text import mib

@@ -18,7 +18,7 @@ from galvatron_compile.passes.pipeline.problem import Family, PipelineProblem
 from galvatron_compile.passes.pricing import NS_PER_MS, LayerTime, micro_time, once_time
 from galvatron_compile.passes.reshard_cost import Switches
 from galvatron_compile.passes.stage_costs import stage_costs
-from galvatron_compile.plan import Plan, Stage
+from galvatron_compile.plans import Plan, Stage
 from galvatron_compile.schedules import bubble_share
 from galvatron_compile.strategy import Strategy
 

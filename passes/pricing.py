@@ -11,7 +11,7 @@ from typing import Any
 
 from galvatron_compile.costs import CostTable, LayerCost
 from galvatron_compile.errors import PlanError
-from galvatron_compile.plan import Plan
+from galvatron_compile.plans import Plan
 from galvatron_compile.strategy import Strategy
 
 NS_PER_MS = 1_000_000

@@ -16,7 +16,7 @@ from galvatron_compile.passes.reshard import Layout, Resharder
 from galvatron_compile.passes.rewrite_parts import LayerModules, Units, parameter_units
 from galvatron_compile.passes.sharding.table import ShardingTable
 from galvatron_compile.placement import R, S
-from galvatron_compile.plan import Plan
+from galvatron_compile.plans import Plan
 from galvatron_compile.precision import Precision
 from galvatron_compile.program import StageProgram
 from galvatron_compile.seeds import layer_seed

@@ -17,7 +17,7 @@ from galvatron_compile.passes.normalise import retarget_devices
 from galvatron_compile.passes.sharding import ShardedLayer, localise
 from galvatron_compile.passes.sharding.apply import gather_batch
 from galvatron_compile.passes.sharding.table import ShardingTable
-from galvatron_compile.plan import Plan
+from galvatron_compile.plans import Plan
 from galvatron_compile.precision import Precision
 from galvatron_compile.strategy import Strategy
 from galvatron_compile.units import ParameterUnit, Recompute

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from galvatron_compile.commands import is_first_rank, user_errors
 from galvatron_compile.comparison import Comparison
-from galvatron_compile.plan import Plan
+from galvatron_compile.plans import Plan
 
 
 def compare(

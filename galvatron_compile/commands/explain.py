@@ -9,7 +9,7 @@ import typer
 
 from galvatron_compile.commands import is_first_rank, user_errors
 from galvatron_compile.errors import PlanError
-from galvatron_compile.plan import Plan
+from galvatron_compile.plans import Plan
 
 
 def explain(

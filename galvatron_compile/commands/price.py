@@ -15,7 +15,7 @@ from galvatron_compile.galvatron.pricing import MEMORY_HELP
 
 if TYPE_CHECKING:
     from galvatron_compile.galvatron.formulas import Workload
-    from galvatron_compile.plan import Plan
+    from galvatron_compile.plans import Plan
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -118,7 +118,7 @@ def price_on_cluster(
 def given_plan(text: str, num_ranks: int) -> Plan | str:
     """The plan in a file of either format, else the text itself: the compact notation."""
     from galvatron_compile.galvatron import plans
-    from galvatron_compile.plan import Plan
+    from galvatron_compile.plans import Plan
 
     path = Path(text)
     if not _is_file(path):
@@ -135,7 +135,7 @@ def read_plan(text: str, work: Workload) -> Plan:
     """A plan of ours or of Galvatron's from a file, or the compact notation."""
     from galvatron_compile import notation
     from galvatron_compile.galvatron import plans
-    from galvatron_compile.plan import Plan
+    from galvatron_compile.plans import Plan
 
     path = Path(text)
     names = plans.layer_names(work.num_layers)

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from galvatron_compile.plan import Plan
+from galvatron_compile.plans import Plan
 
 MIB = 1 << 20
 

@@ -8,7 +8,7 @@ from string import ascii_uppercase
 
 from galvatron_compile.explain import svg
 from galvatron_compile.explain.parts import Column, Grid, Key, Section, numbers
-from galvatron_compile.plan import Plan, Stage
+from galvatron_compile.plans import Plan, Stage
 from galvatron_compile.prediction import Prediction
 from galvatron_compile.quantities import GIB, count
 from galvatron_compile.strategy import Strategy

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from galvatron_compile.explain import svg
 from galvatron_compile.explain.parts import Column, Grid, Key, Section, numbers
-from galvatron_compile.plan import Plan
+from galvatron_compile.plans import Plan
 from galvatron_compile.prediction import MEMORY_PARTS, GroupPrediction, Prediction, stage_noun
 from galvatron_compile.quantities import GIB, percent, size, spans
 

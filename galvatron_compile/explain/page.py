@@ -13,7 +13,7 @@ import galvatron_compile
 from galvatron_compile import notation
 from galvatron_compile.explain import layers, memory, pipeline, rivals, step_time, tradeoff
 from galvatron_compile.explain.parts import Section
-from galvatron_compile.plan import Plan
+from galvatron_compile.plans import Plan
 from galvatron_compile.prediction import Prediction, schedule_name
 from galvatron_compile.quantities import count, duration, percent, size
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from galvatron_compile.errors import PlanError
 from galvatron_compile.explain import svg
 from galvatron_compile.explain.parts import Key, Section
-from galvatron_compile.plan import Plan
+from galvatron_compile.plans import Plan
 from galvatron_compile.prediction import Prediction, schedule_name, stage_noun
 from galvatron_compile.quantities import count, duration, percent
 from galvatron_compile.timeline import KINDS, Span, Timeline, simulate

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from galvatron_compile import notation
 from galvatron_compile.explain import svg
 from galvatron_compile.explain.parts import Column, Grid, Section, numbers
-from galvatron_compile.plan import Plan
+from galvatron_compile.plans import Plan
 from galvatron_compile.prediction import Prediction, TradePoint
 from galvatron_compile.quantities import GIB, duration, percent, size
 

@@ -5,7 +5,7 @@ a machine, prices plans by closed formulas and searches them by dynamic programm
 
 - :mod:`.profile`: its folders of measurements, read and checked;
 - :mod:`.formulas` and :mod:`.pricing`: what a plan costs by its formulas;
-- :mod:`.plans`: its plan files, to and from :class:`galvatron_compile.plan.Plan`;
+- :mod:`.plans`: its plan files, to and from :class:`galvatron_compile.plans.Plan`;
 - :mod:`.cells` and :mod:`.search`: the exact optimum of its space under these very formulas;
 - :mod:`.report`: what ``galvatron-compile plan --from-galvatron`` and ``price`` say;
 - :mod:`.cluster`: its measurements of the machine as a ClusterProfile.

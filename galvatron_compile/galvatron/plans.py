@@ -20,7 +20,7 @@ from typing import Any
 
 from galvatron_compile.errors import PlanError, UnsupportedError
 from galvatron_compile.fields import Fields
-from galvatron_compile.plan import Plan, Stage
+from galvatron_compile.plans import Plan, Stage
 from galvatron_compile.strategy import Strategy
 
 SCHEDULES = {"pipedream_flush": "1f1b", "gpipe": "gpipe"}

@@ -30,7 +30,7 @@ from galvatron_compile.galvatron.formulas import (
     layer_memory,
     layer_time,
 )
-from galvatron_compile.plan import Plan, Stage
+from galvatron_compile.plans import Plan, Stage
 from galvatron_compile.strategy import Strategy
 
 MEMORY_HELP = (

@@ -22,7 +22,7 @@ from galvatron_compile.galvatron.profile import GalvatronProfile
 from galvatron_compile.galvatron.search import Found, Outcome, search, uniform
 from galvatron_compile.galvatron.shapes import SHAPES
 from galvatron_compile.galvatron.space import PS_PER_MS
-from galvatron_compile.plan import Plan
+from galvatron_compile.plans import Plan
 
 NO_MFU = (
     "Galvatron's profile does not say which GPU it was measured on, so its peak is not known; "

@@ -26,7 +26,7 @@ from galvatron_compile.galvatron.labels import FEW_LABELS, MANY_LABELS, TooManyL
 from galvatron_compile.galvatron.plans import layer_classes, layer_names
 from galvatron_compile.galvatron.pricing import MemoryLimit, exposed_ms, pipeline_ms
 from galvatron_compile.galvatron.space import Family, Space, spaces
-from galvatron_compile.plan import Plan, Stage
+from galvatron_compile.plans import Plan, Stage
 
 IMPROVED = 3  # open families of a space whose plans are bettered stage by stage
 

@@ -12,7 +12,7 @@ from typing import Literal
 from galvatron_compile import notation
 from galvatron_compile.errors import PlanError
 from galvatron_compile.models.shape import DecoderShape
-from galvatron_compile.plan import Plan, Stage
+from galvatron_compile.plans import Plan, Stage
 from galvatron_compile.presets import GPUS
 from galvatron_compile.strategy import RECOMPUTE, Recompute, Strategy
 

@@ -7,7 +7,7 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 from galvatron_compile import notation
-from galvatron_compile.plan import Plan, Stage
+from galvatron_compile.plans import Plan, Stage
 from galvatron_compile.strategy import Strategy
 
 BLOCK, VOCABULARY = 855_000_000, 1_050_000_000  # parameters of a block of 70 B, of its embedding

@@ -19,7 +19,7 @@ from galvatron_compile.layout import ParameterLayout
 from galvatron_compile.mesh import Axis, Mesh
 from galvatron_compile.parallel_model import ParallelModel
 from galvatron_compile.placement import Placement, R, S, V
-from galvatron_compile.plan import Plan
+from galvatron_compile.plans import Plan
 from galvatron_compile.precision import Precision
 from galvatron_compile.strategy import Strategy
 from galvatron_compile.units import BackwardFence, ParameterUnit, Recompute

@@ -11,7 +11,7 @@ import pytest
 
 from galvatron_compile.comparison import Comparison
 from galvatron_compile.errors import PlanError
-from galvatron_compile.plan import Plan
+from galvatron_compile.plans import Plan
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 A = example_plans.planned(30, 4, 16)

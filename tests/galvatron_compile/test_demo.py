@@ -12,7 +12,7 @@ import torch
 from galvatron_compile.demo.data import Text, source_files
 from galvatron_compile.demo.memory import peak_bytes
 from galvatron_compile.demo.report import Summary, Timed, draw
-from galvatron_compile.plan import Plan
+from galvatron_compile.plans import Plan
 from galvatron_compile.strategy import Strategy
 
 

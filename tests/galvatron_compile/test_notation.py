@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from galvatron_compile.errors import NotationError, PlanError
 from galvatron_compile.notation import format, layer_roles, parse
 from galvatron_compile.passes.strategies import enumerate_strategies
-from galvatron_compile.plan import Plan, Stage
+from galvatron_compile.plans import Plan, Stage
 from galvatron_compile.strategy import Strategy
 
 NAMES = ("tokens", "h.0", "h.1", "h.2", "h.3", "ln", "out")

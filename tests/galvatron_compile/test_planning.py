@@ -18,8 +18,8 @@ from galvatron_compile.constraints import Constraints
 from galvatron_compile.errors import InfeasibleError, NotationError, PlanError
 from galvatron_compile.models import DecoderShape, Workable, load_shape
 from galvatron_compile.passes.plan_prices import options_of
-from galvatron_compile.plan import Plan
 from galvatron_compile.planned import Planned
+from galvatron_compile.plans import Plan
 from galvatron_compile.study import Study
 
 GIB = 2**30

@@ -8,7 +8,7 @@ from typing import Any
 import example_plans
 import pytest
 
-from galvatron_compile.plan import Plan
+from galvatron_compile.plans import Plan
 from galvatron_compile.prediction import Prediction
 
 PLAN = example_plans.planned(30, 4, 16)

@@ -8,7 +8,7 @@ from fractions import Fraction
 import pytest
 
 from galvatron_compile.errors import PlanError
-from galvatron_compile.plan import SCHEDULES
+from galvatron_compile.plans import SCHEDULES
 from galvatron_compile.schedules import (
     Action,
     actions,

@@ -18,7 +18,7 @@ from galvatron_compile.passes.chain import Chain, smallest_memory
 from galvatron_compile.passes.chain_search import solve
 from galvatron_compile.passes.partition import layer_step_ms, partition, price, search
 from galvatron_compile.passes.strategies import enumerate_strategies
-from galvatron_compile.plan import Plan
+from galvatron_compile.plans import Plan
 from galvatron_compile.strategy import Strategy
 
 

@@ -17,7 +17,7 @@ from galvatron_compile.interpret import run_graph
 from galvatron_compile.mesh import Mesh
 from galvatron_compile.passes.rewrite import mesh_degrees, rewrite
 from galvatron_compile.passes.sharding.table import shard
-from galvatron_compile.plan import Plan
+from galvatron_compile.plans import Plan
 from galvatron_compile.precision import Precision
 from galvatron_compile.program import StageProgram
 

@@ -14,7 +14,7 @@ import pytest
 
 from galvatron_compile import notation
 from galvatron_compile.explain import page
-from galvatron_compile.plan import Plan
+from galvatron_compile.plans import Plan
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 DRAWN = {"rect", "line", "circle", "polyline", "path"}  # may close themselves, in SVG

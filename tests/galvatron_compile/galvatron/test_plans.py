@@ -14,7 +14,7 @@ import pytest
 from galvatron_compile import notation
 from galvatron_compile.errors import PlanError, UnsupportedError
 from galvatron_compile.galvatron import plans
-from galvatron_compile.plan import Plan, Stage
+from galvatron_compile.plans import Plan, Stage
 from galvatron_compile.strategy import Strategy
 
 SMALL: dict[str, Any] = {

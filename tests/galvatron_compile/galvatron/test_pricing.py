@@ -32,7 +32,7 @@ from galvatron_compile.galvatron.profile import (
     Line,
     ModelProfile,
 )
-from galvatron_compile.plan import Plan
+from galvatron_compile.plans import Plan
 from galvatron_compile.strategy import Strategy
 
 Make = Callable[..., Workload]

@@ -18,7 +18,7 @@ from galvatron_compile.galvatron.formulas import MB, Workload
 from galvatron_compile.galvatron.pricing import price
 from galvatron_compile.galvatron.report import memory_limit, plan_from_galvatron, workload
 from galvatron_compile.galvatron.text import describe_plan
-from galvatron_compile.plan import Plan
+from galvatron_compile.plans import Plan
 
 Files = dict[str, dict[str, Any]]
 Written = Callable[[Files], Path]

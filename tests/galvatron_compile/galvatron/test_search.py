@@ -15,7 +15,7 @@ from galvatron_compile.galvatron.plans import layer_names
 from galvatron_compile.galvatron.pricing import MemoryLimit, price
 from galvatron_compile.galvatron.search import best_of, search, uniform
 from galvatron_compile.galvatron.space import spaces
-from galvatron_compile.plan import Plan, Stage
+from galvatron_compile.plans import Plan, Stage
 from galvatron_compile.strategy import Strategy
 
 Make = Callable[..., Workload]

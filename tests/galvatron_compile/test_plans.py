@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from galvatron_compile.errors import PlanError
-from galvatron_compile.plan import Plan, Stage
+from galvatron_compile.plans import Plan, Stage
 from galvatron_compile.strategy import Strategy
 
 A, B = Strategy(2, 2, True, 3), Strategy(1, 4, zero=2, recompute="full")
