@@ -1,26 +1,21 @@
 """How the time of the exact search grows: with layers, GPUs and strategies.
 
-``python bench/search_scale.py``; every number is CPU-seconds of this process on one core, for all
+``OMP_NUM_THREADS=1 python bench/search_scale.py``; every number is CPU-seconds of the process, for all
 pipeline degrees, numbers of micro-batches and schedules together, from made cost tables to proven
 optimum. The costs are synthetic but shaped like a dense Llama of 70B layers on H100 nodes: compute
 by FLOPs, collectives by bytes, states by ZeRO stage, activations by recompute, plus a few per cent
 of noise so that no two options tie by construction. Table on stdout, JSON under bench/results.
 """
 
-# ruff: noqa: E402  (threads are counted when numpy is loaded)
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import time
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
-
-for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ.setdefault(_name, "1")
 
 import numpy as np
 from rich.console import Console
