@@ -1,10 +1,11 @@
 """How the time of the exact search grows: with layers, GPUs and strategies.
 
-``OMP_NUM_THREADS=1 python bench/search_scale.py``; every number is CPU-seconds of the process, for all
-pipeline degrees, numbers of micro-batches and schedules together, from made cost tables to proven
-optimum. The costs are synthetic but shaped like a dense Llama of 70B layers on H100 nodes: compute
-by FLOPs, collectives by bytes, states by ZeRO stage, activations by recompute, plus a few per cent
-of noise so that no two options tie by construction. Table on stdout, JSON under bench/results.
+``OMP_NUM_THREADS=1 python bench/search_scale.py``; every number is CPU-seconds of the process, for
+all pipeline degrees, numbers of micro-batches and schedules together, from made cost tables to
+proven optimum. The costs are synthetic but shaped like a dense Llama with blocks of 70B's size on
+H100 nodes: compute by FLOPs, collectives by bytes, states by ZeRO stage, activations by recompute,
+plus a few per cent of noise so that no two options tie by construction. Table on stdout, JSON under
+bench/results.
 """
 
 from __future__ import annotations
