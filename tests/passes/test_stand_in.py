@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from galvatron_compile.passes.capture_once import understand_once
-from galvatron_compile.passes.stand_in import Recorder
 from galvatron_compile.printer import fingerprint
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -30,27 +27,7 @@ from once_cases import (
     understand,
 )
 
-
-@pytest.fixture(autouse=True)
-def _float64() -> Iterator[None]:
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-@pytest.fixture
-def ran(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Per capture, how many calls stood in for others; empty where no stand-in was tried."""
-    counts: list[int] = []
-    leave = Recorder.__exit__
-
-    def leaving(self: Recorder, *error: object) -> None:
-        counts.append(len(self.calls) - sum(len(kind.real) for kind in set(self.calls)))
-        leave(self, *error)
-
-    monkeypatch.setattr(Recorder, "__exit__", leaving)
-    return counts
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 @pytest.mark.parametrize("block", [Doubling, Listed, Scaled, LastIsOther])
