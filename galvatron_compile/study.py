@@ -33,7 +33,8 @@ MIN_TOKENS = 128
 
 @dataclass(frozen=True)
 class Study:
-    """memory_bytes: limit of a rank, the framework's reserve included; ``capacity`` is the rest."""
+    """memory_bytes: limit of a rank, the framework's reserve included; the pricer's capacity is
+    the rest. keep: pruning rules of passes.strategies that are switched off."""
 
     model: Workable
     cluster: ClusterProfile
@@ -41,6 +42,7 @@ class Study:
     memory_bytes: int
     constraints: Constraints
     pricer: Pricer
+    keep: tuple[str, ...] = ()
 
     @staticmethod
     def of(
@@ -78,12 +80,16 @@ class Study:
         pricer = Pricer(costs, Switches(layered, shardings, cluster), capacity)
         return Study(model, cluster, global_batch_size, limit, constraints, pricer)
 
-    def under(self, constraints: Constraints, memory_bytes: int | None) -> Study:
+    def under(
+        self, constraints: Constraints, memory_bytes: int | None, keep: tuple[str, ...] = ()
+    ) -> Study:
         """The same model and cluster with other constraints and another limit; captures nothing."""
         limit, capacity = _capacity(self.cluster, memory_bytes)
         constraints.check(len(self.layer_names))
         pricer = replace(self.pricer, capacity_bytes=capacity)
-        return replace(self, constraints=constraints, memory_bytes=limit, pricer=pricer)
+        return replace(
+            self, constraints=constraints, memory_bytes=limit, pricer=pricer, keep=keep
+        )
 
     @property
     def layer_names(self) -> tuple[str, ...]:
@@ -163,6 +169,7 @@ class Study:
             max_cp=max(1, shortest // MIN_TOKENS),
             experts=tuple(experts),
             recompute=RECOMPUTE,
+            keep=self.keep,
         )
         return [s for s in enumerate_within(limits) if self.constraints.allows_strategy(s)]
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from galvatron_compile.errors import ShapeError
+from galvatron_compile.errors import PlanError, ShapeError
 from galvatron_compile.strategy import Recompute, Strategy
 
 
@@ -29,7 +29,7 @@ class Limits:
 
     num_micro_batches: if known, branches that only it rules out are cut too.
     experts: numbers of experts of the model's mixtures; none: expert parallel is not offered.
-    mix_heads: offer tp and ulysses in one strategy.
+    keep: names of rules of the kind "switch" that are not to cut anything.
     """
 
     world_size: int
@@ -42,7 +42,16 @@ class Limits:
     experts: tuple[int, ...] = ()
     zero_stages: tuple[int, ...] = (0, 1, 2, 3)
     recompute: tuple[Recompute, ...] = ("none", "full")
-    mix_heads: bool = False
+    keep: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        switches = [rule.name for rule in RULES if rule.kind == "switch"]
+        for name in self.keep:
+            if name not in switches:
+                raise PlanError(
+                    f"{name!r} is no rule that can be switched off; these can: "
+                    f"{', '.join(switches)}"
+                )
 
 
 class Branch(NamedTuple):
@@ -113,10 +122,11 @@ RULES = (
     ),
     Pruning(
         "sequence-only-when-samples-run-out",
-        "no better",
+        "switch",
         "where the samples of a micro-batch still divide over cp × ulysses × dp ranks, giving "
         "them whole samples computes, stores and synchronises as much without any exchange in "
-        "attention",
+        "attention; what this gives up is a cheaper change of layout next to a layer that has to "
+        "divide sequences",
         lambda limits, b: (
             limits.global_batch_size is not None
             and b.ulysses * b.cp > 1
@@ -126,9 +136,9 @@ RULES = (
     Pruning(
         "one-user-of-heads",
         "switch",
-        "tp and ulysses both divide the heads and send activations around attention; mix_heads "
-        "offers them together",
-        lambda limits, b: b.tp > 1 and b.ulysses > 1 and not limits.mix_heads,
+        "tp and ulysses both divide the heads and send activations around attention; usually one "
+        "of them does it better alone",
+        lambda limits, b: b.tp > 1 and b.ulysses > 1,
     ),
     Pruning(
         "ep-divides-experts",
@@ -200,6 +210,7 @@ def enumerate_strategies(
 
 def _leaves(limits: Limits) -> Iterator[Branch]:
     ranks = limits.world_size
+    rules = [rule for rule in RULES if rule.name not in limits.keep]
     experts = {d for number in limits.experts for d in _divisors(number)}
     for tp in _divisors(ranks):
         for sp in (False, True) if limits.sequence_parallel else (False,):
@@ -209,7 +220,7 @@ def _leaves(limits: Limits) -> Iterator[Branch]:
                     for ep in sorted(experts | {1}):
                         for zero in (0, 1, 2, 3):
                             branch = Branch(tp, dp, sp, ulysses, cp, ep, zero)
-                            if not any(rule.cuts(limits, branch) for rule in RULES):
+                            if not any(rule.cuts(limits, branch) for rule in rules):
                                 yield branch
 
 

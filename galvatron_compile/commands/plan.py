@@ -42,6 +42,10 @@ def plan(
     ] = None,
     precision: Annotated[str, typer.Option(help="bf16 (fp32 masters) or fp32.")] = "bf16",
     top: Annotated[int, typer.Option(min=1, max=50, help="Plans to show, the best included.")] = 5,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(help="A pruning rule to switch off, e.g. one-user-of-heads; repeatable."),
+    ] = None,
     certify: Annotated[
         bool, typer.Option("--certify", help="Check the answer against an independent MILP.")
     ] = False,
@@ -87,7 +91,7 @@ def plan(
             return
         found = planning.plan(
             str(model), load_cluster(str(cluster)), constraints=constraints, top=top,
-            curve=curve, certify=certify, **settings,
+            keep=tuple(keep or ()), curve=curve, certify=certify, **settings,
         )  # fmt: skip
         _write(found.plan.to_json(), out)
         typer.echo(json.dumps(found.to_dict(), indent=1) if as_json else str(found))

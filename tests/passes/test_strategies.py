@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from galvatron_compile.errors import ShapeError
+from galvatron_compile.errors import PlanError, ShapeError
 from galvatron_compile.passes.strategies import (
     RULES,
     Limits,
@@ -63,11 +63,20 @@ def test_sequences_are_divided_only_when_samples_run_out() -> None:
     assert all(strategy.ulysses == strategy.cp == 1 for strategy in whole)
 
 
+def test_rules_that_are_no_proofs_can_be_switched_off() -> None:
+    limits = Limits(4, 8, 1, max_tp=1, max_cp=4, zero_stages=(0,), recompute=("none",))
+    assert [str(s) for s in enumerate_within(limits)] == ["dp4"]
+    kept = replace(limits, keep=("sequence-only-when-samples-run-out",))
+    assert [str(s) for s in enumerate_within(kept)] == ["dp4", "cp2.dp2", "cp4"]
+    with pytest.raises(PlanError, match=r"'zero-needs-dp' is no rule .* one-user-of-heads"):
+        replace(limits, keep=("zero-needs-dp",))
+
+
 def test_experts_and_heads() -> None:
     limits = Limits(4, max_ulysses=4, experts=(8,), zero_stages=(1,), recompute=("selective",))
     names = {str(s) for s in enumerate_within(limits)}
     assert {"ep4.dp4.zero1.selective", "tp2.ep2.dp2.zero1.selective"} <= names
     assert not any("tp2.ulysses2" in name for name in names)
-    mixed = enumerate_within(replace(limits, mix_heads=True))
+    mixed = enumerate_within(replace(limits, keep=("one-user-of-heads",)))
     assert any("tp2.ulysses2" in str(strategy) for strategy in mixed)
     assert all(strategy.ep in (1, 2, 4) for strategy in mixed)
