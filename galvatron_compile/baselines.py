@@ -66,6 +66,8 @@ def uniform_plans(
     """Strategies that are wanted and that all layers can have, in stages of equally many layers."""
     costs, layers = problem.costs, problem.layers
     boundaries = even_boundaries(len(layers), problem.family.num_stages)
+    if not problem.uncut.isdisjoint(boundaries):  # the caller keeps these layers together
+        return
     for option, strategy in enumerate(costs.strategies):
         if wanted(strategy) and costs.allowed[list(set(layers)), option].all():
             found = evaluate(problem, boundaries, [option] * len(layers))

@@ -87,6 +87,10 @@ class Constraints:
     def allows(self, name: str, value: int | str) -> bool:
         return all(rule.allows(value) for rule in self.rules if rule.name == name)
 
+    def names(self, name: str, value: int) -> bool:
+        """Whether a rule asks for this very value."""
+        return any(r.name == name and r.operator == "=" and value in r.values for r in self.rules)
+
     def choose(self, name: str, values: Collection[int]) -> list[int]:
         """Those of ``values`` that the rules allow, ascending."""
         return sorted(value for value in values if self.allows(name, value))

@@ -44,7 +44,7 @@ def report(
             needed = smallest.memory_bytes + study.memory_bytes - study.pricer.capacity_bytes
             unfit.append((name, f"needs {needed / GIB:.1f} GiB a rank at least"))
         else:
-            unfit.append((name, "no such plan divides the ranks, heads and batch"))
+            unfit.append((name, "no such plan within the constraints, ranks, heads and batch"))
     reserve_bytes = study.memory_bytes - study.pricer.capacity_bytes
     rejected = why_families_lost(problems, outcome, reserve_bytes)
     extra = {
@@ -138,7 +138,12 @@ def infeasible(study: Study, outcome: Outcome) -> str:
     reserve = study.memory_bytes - study.pricer.capacity_bytes
     needs = [found for found in outcome.infeasible if found.smallest_bytes is not None]
     if not needs:
-        return "no strategy runs every layer; change the batch size or relax a constraint"
+        under = f" under the constraints ({study.constraints})" if str(study.constraints) else ""
+        why = sorted({found.reason for found in outcome.infeasible})[:2]
+        return (
+            f"no strategy runs every layer{under}: {'; '.join(why)}; change the batch size, or "
+            "relax a constraint"
+        )
     least = min(needs, key=lambda found: found.smallest_bytes or 0)
     needed = (least.smallest_bytes or 0) + reserve
     return (

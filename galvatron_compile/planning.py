@@ -5,6 +5,7 @@ Read :func:`plan`: capture → shard → price → search → report. Nothing ru
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -103,7 +104,15 @@ def price(
 
     Arguments and errors as :func:`plan`; PlanError where a layer cannot run with its strategy.
     """
-    study = _study(model, cluster, seq, global_batch_size, memory_bytes, precision, "", say)
+    degrees = (
+        [strategy.tp for strategy in text.strategies]
+        if isinstance(text, Plan)
+        else [int(found) for found in re.findall(r"\btp([0-9]+)", text)]
+    )
+    # Names the plan's own degrees, so that its forms are derived however large they are.
+    forms = Constraints.parse(f"tp=1,{','.join(map(str, degrees))}") if degrees else ""
+    known = forms if not isinstance(model, Study) else ""
+    study = _study(model, cluster, seq, global_batch_size, memory_bytes, precision, known, say)
     if isinstance(text, Plan):
         given = named_as(text, study.layer_names)
         given.check_model(

@@ -86,6 +86,13 @@ class Study:
         """The same model and cluster with other constraints and another limit; captures nothing."""
         limit, capacity = _capacity(self.cluster, memory_bytes)
         constraints.check(len(self.layer_names))
+        known = {key[1:] for key in self.pricer.costs.shardings.forms}
+        known |= {key[1:] for key in self.pricer.costs.shardings.illegal}
+        if not known >= {s.form for s in tensor_forms(self.cluster, constraints)}:
+            raise PlanError(
+                "the study was made under constraints that leave out tensor-parallel degrees which "
+                f"({constraints}) allows; make a new study"
+            )
         pricer = replace(self.pricer, capacity_bytes=capacity)
         return replace(
             self, constraints=constraints, memory_bytes=limit, pricer=pricer, keep=keep
@@ -169,7 +176,7 @@ class Study:
             max_cp=max(1, shortest // MIN_TOKENS),
             experts=tuple(experts),
             recompute=RECOMPUTE,
-            keep=self.keep,
+            keep=tuple({*self.keep, *_asked_for(self.constraints)}),
         )
         return [s for s in enumerate_within(limits) if self.constraints.allows_strategy(s)]
 
@@ -188,7 +195,7 @@ def _capacity(cluster: ClusterProfile, memory_bytes: int | None) -> tuple[int, i
 
 def largest_tp(cluster: ClusterProfile, constraints: Constraints) -> int:
     named = [
-        value
+        4 * value if rule.operator == ">=" else value
         for rule in constraints.rules
         if rule.name == "tp" and rule.operator in ("=", ">=", "<=")
         for value in rule.values
@@ -209,6 +216,12 @@ def tensor_forms(cluster: ClusterProfile, constraints: Constraints) -> list[Stra
         for sp in (False, True)
         if (tp > 1 or not sp) and constraints.allows("sp", "yes" if sp else "no")
     ]
+
+
+def _asked_for(constraints: Constraints) -> list[str]:
+    """Pruning rules that a constraint overrules: who asks for divided sequences gets them."""
+    divided = any(not constraints.allows(name, 1) for name in ("cp", "ulysses"))
+    return ["sequence-only-when-samples-run-out"] if divided else []
 
 
 def _fitting_schedule(costs: StageCosts, family: Family) -> StageCosts:

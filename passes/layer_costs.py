@@ -106,27 +106,31 @@ class LayerCosts:
         send = self._send(class_index, strategy, local)
         context = self.messages.context(class_index, strategy, local)
         expert_ms = self.messages.experts(class_index, strategy, local)
+        # What backward repeats of forward's messages, as shares and amounts.
         again = strategy.recompute == "full"
+        gathers = tensor[2] * (strategy.recompute == "selective")
+        exchange = context[2] * (strategy.recompute == "selective")
+        dispatch = {"none": 0.0, "selective": 0.5}.get(strategy.recompute, 1.0)
         rerun_ms = run.forward_ms * self._rerun_share(class_index, strategy, local)
         return LayerCost(
             forward_ms=run.forward_ms,
             backward_ms=run.backward_ms + rerun_ms,
             forward_comm_ms=tensor[0],
-            backward_comm_ms=tensor[1] + tensor[0] * again,
+            backward_comm_ms=tensor[1] + tensor[0] * again + gathers,
             **self._state_times(class_index, strategy),
             **state_bytes(self._sizes(class_index, strategy), strategy, estimate),
             source=source,
             forward_context_ms=context[0],
-            backward_context_ms=context[1] + context[0] * again,
+            backward_context_ms=context[1] + context[0] * again + exchange,
             forward_expert_ms=expert_ms,
-            backward_expert_ms=expert_ms * (1 + again),
+            backward_expert_ms=expert_ms * (1 + dispatch),
             forward_send_ms=send[0],
             backward_send_ms=send[1],
         )
 
     def _form(
         self, class_index: int, strategy: Strategy, local: float
-    ) -> tuple[LayerTiming, Estimate, tuple[float, float], Any]:
+    ) -> tuple[LayerTiming, Estimate, tuple[float, float, float], Any]:
         """Computation, memory and tensor collectives, which only the form and ``local`` decide."""
         key = ("form", class_index, *strategy.form, local)
         if key not in self.known:
@@ -158,7 +162,7 @@ class LayerCosts:
         return float(self.known[key])
 
     def _sizes(self, class_index: int, strategy: Strategy) -> Sizes:
-        key = ("sizes", class_index, *strategy.form)
+        key = ("sizes", class_index, *strategy.form, self.workload.pp == 1)
         if key not in self.known:
             experts = self.messages.facts[class_index].experts
             self.known[key] = parameter_bytes(
@@ -167,13 +171,44 @@ class LayerCosts:
                 self.shardings.get(class_index, strategy),
                 self.workload.precision,
                 experts.parameters if experts else (),
+                self._tied(class_index)[0] if self.workload.pp == 1 else (),
             )
         return self.known[key]  # type: ignore[no-any-return]
 
+    def _tied(self, class_index: int) -> tuple[frozenset[str], frozenset[str]]:
+        """Of the class's first layer: parameters that an earlier layer has too, and all that are
+        tied. On one stage they are the earlier layer's; on several (embedding and head lie at the
+        two ends) both hold them and sum their gradients, as Megatron-LM's embedding group does."""
+        key = ("tied", class_index)
+        if key not in self.known:
+            layers = self.layered.layers
+            at = next(i for i, layer in enumerate(layers) if layer.class_index == class_index)
+            mine = set(layers[at].parameters)
+            before = {name for layer in layers[:at] for name in layer.parameters}
+            others = {name for i, o in enumerate(layers) if i != at for name in o.parameters}
+            self.known[key] = frozenset(mine & before), frozenset(mine & others)
+        return self.known[key]  # type: ignore[no-any-return]
+
     def _state_times(self, class_index: int, strategy: Strategy) -> StateTimes:
-        divided = (strategy.zero, strategy.data_ranks, strategy.ep)
+        divided = (strategy.zero, strategy.data_ranks, strategy.ep, self.workload.pp)
         key = ("states", class_index, *strategy.form, *divided)
         if key not in self.known:
             sizes = self._sizes(class_index, strategy)
-            self.known[key] = state_times(self.cluster, sizes, strategy)
+            found = state_times(self.cluster, sizes, strategy)
+            found["step_reduce_ms"] += self._tied_sum_ms(class_index, strategy)
+            self.known[key] = found
         return self.known[key]  # type: ignore[no-any-return]
+
+    def _tied_sum_ms(self, class_index: int, strategy: Strategy) -> float:
+        """Summing the gradients of parameters that another stage has too, once a step."""
+        tied = self._tied(class_index)[1]
+        if self.workload.pp == 1 or not tied:
+            return 0.0
+        sharded = self.shardings.get(class_index, strategy)
+        layered, precision = self.layered, self.workload.precision
+        whole, _ = parameter_bytes(layered, class_index, sharded, precision)
+        rest, _ = parameter_bytes(layered, class_index, sharded, precision, skip=tied)
+        apart = self.workload.world_size * (self.workload.pp - 1)
+        owners = strategy.data_ranks if strategy.zero >= 2 else 1
+        num_bytes = (whole.gradient - rest.gradient) / owners
+        return self.cluster.group_ms("all_reduce", num_bytes, 2, apart)

@@ -8,6 +8,7 @@ then context-parallel peers, then data-parallel ones; groups are priced by their
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,36 +38,48 @@ class Messages:
         self.facts = tuple(ClassFacts.of(found, symbol) for found in layered.classes)
         self._carried: dict[tuple[int, int, bool], tuple[float, float]] = {}
 
-    def tensor(self, sharded: ShardedLayer, local: float) -> tuple[float, float]:
-        """The collectives inside the layer."""
-        return self.estimator.collectives_ms(sharded, local)
+    def tensor(self, sharded: ShardedLayer, local: float) -> tuple[float, float, float]:
+        """The collectives inside the layer; and those of forward whose results selective recompute
+        does not keep: gathered inputs of products (reduced results are kept)."""
+        gathers = tuple(
+            item
+            for item in sharded.collectives
+            if (item.kind, item.direction) == ("all_gather", "forward")
+        )
+        forward_ms, backward_ms = self.estimator.collectives_ms(sharded, local)
+        again_ms, _ = self.estimator.collectives_ms(replace(sharded, collectives=gathers), local)
+        return forward_ms, backward_ms, again_ms
 
     def context(
         self, class_index: int, strategy: Strategy, local: float
-    ) -> tuple[float, float]:
-        """Forward and backward ms that dividing the sequence costs attention.
+    ) -> tuple[float, float, float]:
+        """Forward and backward ms that dividing the sequence costs attention, and what of forward
+        selective recompute runs again: the exchange of queries, keys and values.
 
         Ulysses: an all-to-all for each of queries, keys, values and the result, in both directions
         (arXiv 2309.14509, section 3.2). Ring: keys and values travel cp - 1 times forward, they and
         their gradients backward, beside the attention of the block at hand (arXiv 2310.01889).
         """
-        forward_ms = backward_ms = 0.0
+        forward_ms = backward_ms = again_ms = 0.0
         for found in self.facts[class_index].attentions:
             moved = local / strategy.tp
             if strategy.ulysses > 1:
-                for num_bytes in (2 * found.query_bytes, found.key_value_bytes):
-                    part_ms = self.cluster.group_ms(
-                        "all_to_all", num_bytes / 2 * moved, strategy.ulysses, strategy.tp
+                query_ms, key_ms = (
+                    self.cluster.group_ms(
+                        "all_to_all", num_bytes * moved, strategy.ulysses, strategy.tp
                     )
-                    forward_ms += 2 * part_ms
-                    backward_ms += 2 * part_ms
+                    for num_bytes in (found.query_bytes, found.key_value_bytes / 2)
+                )
+                forward_ms += 2 * query_ms + 2 * key_ms
+                backward_ms += 2 * query_ms + 2 * key_ms
+                again_ms += query_ms + 2 * key_ms
             if strategy.cp > 1:
                 hop_ms = self._hop_ms(found.key_value_bytes * moved, strategy)
                 attention = self.estimator.part(class_index, strategy, local, ATTENTION)
                 ring_ms = (strategy.cp - 1) * hop_ms
                 forward_ms += self._beside(ring_ms, attention.forward_ms)
                 backward_ms += self._beside(2 * ring_ms, attention.backward_ms)
-        return forward_ms, backward_ms
+        return forward_ms, backward_ms, again_ms
 
     def _hop_ms(self, num_bytes: float, strategy: Strategy) -> float:
         """To the next rank of the ring; its slowest link counts."""

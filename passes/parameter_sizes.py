@@ -42,10 +42,12 @@ def parameter_bytes(
     sharded: ShardedLayer,
     precision: Precision,
     experts: Collection[int] = (),
+    skip: Collection[str] = (),
 ) -> tuple[ParameterBytes, ParameterBytes]:
     """Sizes of a class's parameters in its sharded form: (those of all tokens, the experts').
 
     experts: which of the class's parameters, by their order, hold one slice per expert.
+    skip: names of parameters that are another layer's.
     """
     layer = next(layer for layer in layered.layers if layer.class_index == class_index)
     sizes: tuple[list[int], list[int]] = ([0] * 4, [0] * 4)
@@ -53,6 +55,8 @@ def parameter_bytes(
     for index, (name, placement) in enumerate(
         zip(layer.parameters, sharded.parameters, strict=True)
     ):
+        if name in skip:
+            continue
         parameter = layered.graph.parameters[name]
         count = parameter.numel() // (sharded.tp if placement.is_shard else 1)
         dtype = parameter.dtype

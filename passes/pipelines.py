@@ -22,6 +22,10 @@ RULES = {
         "no better otherwise: with m >= pp both take equally long, and gpipe holds more activations"
     ),
     "one schedule for one stage": "no better otherwise: without stages they are the same",
+    "interleaved stages of equal length": (
+        "a restriction, as in Megatron-LM: chunks of one group lie far apart, so their boundaries "
+        "cannot be searched stage by stage; give stages=… in the notation to price others"
+    ),
     "virtual up to 4": (
         "a switch (virtual=…): every doubling halves what is left of the bubble and doubles p2p"
     ),
@@ -46,7 +50,7 @@ def families(space: Space, constraints: Constraints) -> list[Family]:
     counts = constraints.choose("micro", _divisors(space.global_batch_size, most))
     for pp in constraints.choose("pp", _divisors(space.num_ranks, space.num_layers)):
         virtuals = constraints.choose("virtual", range(1, space.num_layers // pp + 1))
-        virtuals = [v for v in virtuals if v <= MAX_VIRTUAL or not constraints.allows("virtual", 1)]
+        virtuals = [v for v in virtuals if v <= MAX_VIRTUAL or constraints.names("virtual", v)]
         for count in counts:
             for schedule in ("1f1b", "gpipe", "interleaved", "zero-bubble"):
                 found += [
@@ -60,8 +64,8 @@ def families(space: Space, constraints: Constraints) -> list[Family]:
 def _wanted(pp: int, count: int, schedule: str, virtual: int, constraints: Constraints) -> bool:
     if not constraints.allows("virtual", virtual) or why_not(schedule, pp, count, virtual):
         return False
-    if pp == 1:
-        return schedule == "1f1b"
+    if pp == 1:  # without stages there is no schedule, so none that was asked for either
+        return schedule == "1f1b" and constraints.allows("schedule", "1f1b")
     if not constraints.allows("schedule", schedule):
         return False
     replaced = constraints.allows("schedule", "1f1b") and why_not("1f1b", pp, count) is None

@@ -24,10 +24,7 @@ def stage_costs(
     batch = costs.workload.global_batch_size
     slowdown = costs.cluster.overlap_slowdown
     for index in range(shape[0]):
-        without_experts = costs.messages.facts[index].experts is None
         for option, strategy in enumerate(strategies):
-            if strategy.ep > 1 and without_experts:  # the same layer as with ep 1
-                continue
             if batch % (count * strategy.dp) or costs.why_not(index, strategy) is not None:
                 continue
             allowed[index, option] = True

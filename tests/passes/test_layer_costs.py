@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -127,3 +128,33 @@ def test_stages_pay_for_what_crosses_between_them() -> None:
     hidden = CLUSTER.group_ms("p2p", BATCH / 4 * SEQ * TOKEN, 2, 4)
     assert cost.forward_send_ms == pytest.approx(hidden) == cost.backward_send_ms
     assert block(Strategy(1, 8)).forward_send_ms == 0
+
+
+def test_tied_parameters_are_held_once_on_one_stage_and_summed_between_two() -> None:
+    shape = DecoderShape(
+        hidden=HIDDEN, layers=2, heads=HEADS, kv_heads=KV, ffn=512, vocab=512, max_positions=SEQ,
+        tied=True,
+    )  # fmt: skip
+    model = load_shape("tied", shape, SEQ, torch.bfloat16)
+    precision = Precision.parse("bf16")
+    layered = understand(model.module, model.example_inputs, model.loss_fn, precision)
+    workload = Workload(8, BATCH, (1,), precision)
+    found = LayerCosts.of(layered, shard(layered, FORMS), CLUSTER, workload, {})
+    per_layer = [found.cost(layer.class_index, Strategy(1, 8), 1) for layer in layered.layers]
+    assert sum(cost.optimizer_bytes for cost in per_layer) == 8 * model.num_parameters
+    two = found.for_workload(Workload(4, BATCH, (1,), precision, pp=2))
+    ends = [two.cost(layered.layers[i].class_index, Strategy(1, 4), 1) for i in (0, -1)]
+    table = 512 * HIDDEN * 4
+    assert [cost.gradient_bytes >= table for cost in ends] == [True, True]
+    summed = CLUSTER.group_ms("all_reduce", table, 2, 4)
+    alone = CLUSTER.group_ms("all_reduce", ends[0].gradient_bytes, 4)
+    assert ends[0].step_reduce_ms == pytest.approx(alone + summed)
+
+
+def test_selective_recompute_repeats_the_messages_whose_results_it_does_not_keep() -> None:
+    for strategy in (Strategy(2, 4, True), Strategy(1, 4, ulysses=2)):
+        none, some, full = (
+            block(replace(strategy, recompute=word)) for word in ("none", "selective", "full")
+        )
+        ours = [c.backward_comm_ms + c.backward_context_ms for c in (none, some, full)]
+        assert ours[0] < ours[1] < ours[2]
