@@ -52,12 +52,14 @@ def from_config(path: Path, seq: int | None, dtype: torch.dtype | None) -> Worka
     factory = _factory(settings, file)
     try:
         config = transformers.AutoConfig.from_pretrained(str(file))
-        if config.model_type in _MIXTURES and factory == "AutoModelForCausalLM":
-            return _mixture(config, file, seq, dtype)
-        config.use_cache = False  # a cache is for generating
-        module = _build(getattr(transformers, factory), config, dtype or torch.bfloat16)
+        ours = config.model_type in _MIXTURES and factory == "AutoModelForCausalLM"
+        if not ours:
+            config.use_cache = False  # a cache is for generating
+            module = _build(getattr(transformers, factory), config, dtype or torch.bfloat16)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ShapeError(f"{file}: transformers cannot build this model: {error}") from error
+    if ours:
+        return _mixture(config, file, seq, dtype)
     _check_experts(module, config, file)
     length = seq or _length(config, file)
     batch: dict[str, Any] = dict(token_batch(length))
@@ -137,9 +139,8 @@ def _mixture(config: Any, file: Path, seq: int | None, dtype: torch.dtype | None
 
 
 def _check_plain(config: Any, length: int) -> None:
-    rope = _rope(config)
     settings = {name: getattr(config, name, None) for name in _PLAIN}
-    settings["rope_type"] = rope.get("rope_type")
+    settings["rope_type"] = _rope(config).get("rope_type")
     for name, plain in {**_PLAIN, "rope_type": "default"}.items():
         if settings[name] is not None and settings[name] != plain:
             raise ShapeError(
