@@ -18,6 +18,10 @@ from galvatron_compile.plans import Plan, Stage
 from galvatron_compile.prediction import CAUSES
 from galvatron_compile.rejected import why_families_lost
 from galvatron_compile.study import Study, peak_flops_per_s
+from galvatron_compile.timeline import simulate
+
+SIMULATED_ACTIONS = 1 << 15
+"""Stages × micro-batches up to which a plan is also simulated, action by action (a second)."""
 
 
 def report(
@@ -114,7 +118,11 @@ def predicted(study: Study, given: Plan) -> Plan:
         "baselines": [],
         "rejected": [],
     }
-    return replace(given, predicted=numbers)
+    priced = replace(given, predicted=numbers)
+    if given.pp == 1 or given.num_stages * given.num_micro_batches > SIMULATED_ACTIONS:
+        return priced
+    simulated_ms = simulate(priced).total_ms
+    return replace(given, predicted={**numbers, "simulated_ms": simulated_ms})
 
 
 def _why(other: Plan, best: Plan) -> str:
@@ -128,6 +136,7 @@ def _record(other: Alternative, best: Plan) -> dict[str, Any]:
         "notation": notation.format(other.plan),
         "step_ms": other.plan.predicted["step_ms"],
         "memory_bytes": other.plan.predicted["memory_bytes"],
+        "simulated_ms": other.plan.predicted.get("simulated_ms"),
         "behind_percent": other.behind_percent(best_ms),
         "why": other.why,
     }

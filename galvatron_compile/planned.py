@@ -87,16 +87,19 @@ class Planned:
     def _others(self) -> str:
         """The best plan, the next pipelines and the baselines, in one table."""
         best_ms = float(self.plan.predicted["step_ms"])
-        rows = [["1", "best plan", _step(self.plan), "", notation.format(self.plan)]]
+        best_row = ["1", "best plan", _step(self.plan), _simulated(self.plan), ""]
+        rows = [[*best_row, notation.format(self.plan)]]
         for rank, other in enumerate(self.alternatives, 2):
-            behind = f"+{other.behind_percent(best_ms):.1f} %"
-            rows.append([str(rank), "", _step(other.plan), behind, _short(other)])
+            behind = f"{other.behind_percent(best_ms):+.1f} %"
+            numbers = [_step(other.plan), _simulated(other.plan), behind]
+            rows.append([str(rank), "", *numbers, _short(other)])
         for other in self.baselines:
-            behind = f"+{other.behind_percent(best_ms):.1f} %"
-            rows.append(["", other.name, _step(other.plan), behind, _short(other)])
+            behind = f"{other.behind_percent(best_ms):+.1f} %"
+            numbers = [_step(other.plan), _simulated(other.plan), behind]
+            rows.append(["", other.name, *numbers, _short(other)])
         for name, why in self.unfit_baselines:
-            rows.append(["", name, "-", "", why])
-        head = [["", "", "step ms", "behind", "plan"]]
+            rows.append(["", name, "-", "-", "", why])
+        head = [["", "", "step ms", "simulated", "behind", "plan"]]
         table = columns(head[0][:-1], [row[:-1] for row in rows], left=2).split("\n")
         width = max(map(len, table))
         prose = [head[0][-1], *(row[-1] for row in rows)]
@@ -166,6 +169,12 @@ def _causes_table(predicted: Mapping[str, Any]) -> str:
 
 def _step(plan: Plan) -> str:
     return f"{plan.predicted['step_ms']:,.1f}"
+
+
+def _simulated(plan: Plan) -> str:
+    """Action by action, where the closed form that is searched and this may differ by a few %."""
+    simulated_ms = plan.predicted.get("simulated_ms")
+    return "" if simulated_ms is None else f"{simulated_ms:,.1f}"
 
 
 def _short(other: Alternative) -> str:

@@ -85,7 +85,8 @@ def plan(
 
         say("certifying the best plan's pipeline with HiGHS")
         best = outcome.solved[0]
-        found = replace(found, certificate=str(certified(best.problem, best)))
+        text = f"within {best.problem.family}: {certified(best.problem, best)}"
+        found = replace(found, certificate=f"{text}\nother pipelines: excluded by lower bounds")
     return found
 
 

@@ -63,6 +63,11 @@ def plan(
     with user_errors():
         memory_bytes = None if memory is None else _bytes(memory)
         if from_galvatron is not None:
+            given = {
+                "MODEL": model, "--cluster": cluster, "--where": constraints, "--keep": keep,
+                "--notation": notation, "--certify": certify, "--curve": curve,
+            }  # fmt: skip
+            _refuse("--from-galvatron", given, "Galvatron's formulas have their own space")
             _plan_on_galvatron(
                 from_galvatron, gpus, seq, global_batch, memory_bytes, top, out, as_json
             )
@@ -85,6 +90,10 @@ def plan(
             "say": _say,
         }
         if notation is not None:
+            given = {
+                "--where": constraints, "--keep": keep, "--certify": certify, "--curve": curve
+            }  # fmt: skip
+            _refuse("--notation", given, "a given plan is priced, not searched")
             priced = planning.price(notation, str(model), load_cluster(str(cluster)), **settings)
             _write(priced.to_json(), out)
             typer.echo(priced.to_json() if as_json else describe(priced))
@@ -97,6 +106,13 @@ def plan(
         typer.echo(json.dumps(found.to_dict(), indent=1) if as_json else str(found))
         if out is not None:
             typer.echo(f"plan written to {out}; galvatron-compile explain {out} draws it", err=True)
+
+
+def _refuse(option: str, given: dict[str, Any], why: str) -> None:
+    """PlanError for options that ``option`` would leave without effect."""
+    idle = [name for name, value in given.items() if value]
+    if idle:
+        raise PlanError(f"{', '.join(idle)} mean nothing with {option}: {why}; leave them out")
 
 
 def _plan_on_galvatron(

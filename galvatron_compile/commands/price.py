@@ -43,6 +43,7 @@ def price(
         int | None, typer.Option(min=1, help="Samples of one optimizer step.")
     ] = None,
     memory: Annotated[str | None, typer.Option(help=MEMORY_HELP)] = None,
+    precision: Annotated[str, typer.Option(help="bf16 (fp32 masters) or fp32.")] = "bf16",
     layers: Annotated[
         int | None, typer.Option(min=1, help="Layers of a model whose name is not known.")
     ] = None,
@@ -63,7 +64,13 @@ def price(
 
         memory_bytes = None if memory is None else parse_bytes(memory)
         if from_galvatron is None:
-            priced = price_on_cluster(plan, model, cluster, seq, global_batch, memory_bytes)
+            priced = price_on_cluster(
+                plan, model, cluster, seq, global_batch, memory_bytes, precision
+            )
+            if write_galvatron is not None:
+                from galvatron_compile.galvatron import plans as galvatron_plans
+
+                galvatron_plans.save(priced, write_galvatron)
             typer.echo(priced.to_json() if as_json else describe(priced))
             return
         needed = {"--gpus": gpus, "--seq": seq, "--global-batch": global_batch}
@@ -90,6 +97,7 @@ def price_on_cluster(
     seq: int | None,
     global_batch: int | None,
     memory_bytes: int | None,
+    precision: str,
 ) -> Plan:
     """A plan of either format, or the compact notation, by our own cost model."""
     needed = {"--model": model, "--cluster": cluster, "--global-batch": global_batch}
@@ -111,6 +119,7 @@ def price_on_cluster(
         global_batch_size=global_batch,
         seq=seq,
         memory_bytes=memory_bytes,
+        precision=precision,
         say=lambda text: typer.echo(f"… {text}", err=True),
     )
 

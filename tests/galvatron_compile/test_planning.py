@@ -118,6 +118,24 @@ def test_layers_kept_together_share_a_stage() -> None:
     assert not set(ends) & {0, 1, 2, 3}
 
 
+def test_baselines_keep_together_what_must_be() -> None:
+    found = planned("pp=2; schedule=1f1b; together=0-5")
+    best_ms = found.plan.predicted["step_ms"]
+    assert all(other.plan.predicted["step_ms"] >= best_ms for other in found.baselines)
+    assert all(other.plan.stages[0].last not in range(1, 6) for other in found.baselines)
+
+
+def test_a_schedule_that_is_asked_for_is_used() -> None:
+    found = planned("schedule=zero-bubble")
+    assert found.plan.pp > 1 and found.plan.schedule == "zero-bubble"
+    assert found.plan.predicted["simulated_ms"] > 0
+
+
+def test_divided_sequences_that_are_asked_for_are_offered() -> None:
+    found = planned("cp=2")
+    assert {strategy.cp for strategy in found.plan.strategies} == {2}
+
+
 def test_contradictions_and_limits_are_refused_with_the_remedy() -> None:
     with pytest.raises(PlanError, match=r"constraints \(pp=3\) leave no pipeline.*relax"):
         planned("pp=3")
@@ -211,6 +229,9 @@ def test_the_command_line_plans_prices_and_refuses(tmp_path: Path) -> None:
         ([*base[:3], "1x2xL5", *base[4:]], "no preset"),
         ([*base, "--where", "pp=5"], "relax"),
         ([*base, "--memory", "lots"], "36GiB"),
+        ([*base, "--notation", "dp2", "--curve"], "--curve mean nothing with --notation"),
+        (["plan", "gpt2", "--from-galvatron", "x"], "MODEL mean nothing"),
+        (["price", "dp2", "--model", "gpt2"], "price needs --cluster and --global-batch"),
     ):
         refused = runner.invoke(app, arguments)
         assert refused.exit_code == 2 and message in refused.output, refused.output
