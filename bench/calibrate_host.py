@@ -31,6 +31,8 @@ SCALE = (0.01, 0.1, 1.0)  # of the constants, so that one step suits both
 
 
 def main() -> None:
+    if len(sys.argv) != 2:
+        sys.exit("usage: python bench/calibrate_host.py TABLE.csv (measured_runs.csv)")
     table = Path(sys.argv[1])
     runs = [run for run in read_table(table) if calibrated_on(run)]
     predictor = Predictor(table)

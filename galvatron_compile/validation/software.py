@@ -35,13 +35,13 @@ MAX_FUSED_KEYS, FUSED_BATCH = 2048, 4
 in multiples of four (megatron/model/fused_softmax.py in 2021-22); other shapes run eagerly in
 float32, operator by operator."""
 
-EARLY_HOST_MS, EARLY_BACKWARD = 0.068, 0.41
+EARLY_HOST_MS, EARLY_BACKWARD = 0.068, 0.42
 """Host time of one operator in the forward pass of Megatron-DeepSpeed in 2022-23, whose layers are
 Python around eager PyTorch 1, and the share of it in backward, which autograd runs in C++: fitted
 by bench/calibrate_host.py on the rows of two GPUs in one node (see :func:`calibrated_on`), which
 are reported apart from the others."""
 
-EARLY_WHOLE_HEAD = 2.65
+EARLY_WHOLE_HEAD = 2.51
 """How many times longer than counted the head and loss take where tensor parallelism does not
 divide the vocabulary, in the same rows and fitted with them. No cause is proven: it grows with the
 hidden size, as the vocabulary's products do, which then run at some 100 of 312 TFLOP/s."""
