@@ -11,6 +11,10 @@ LATER = {
     "cp": "context parallel",
     "ep": "expert parallel",
 }
+NOT_RUN = (
+    f"pipeline stages, {', '.join(LATER.values())}, selective recompute, which this version plans "
+    "(galvatron-compile plan) but does not execute yet"
+)
 
 
 def why_not(strategy: Strategy) -> str | None:

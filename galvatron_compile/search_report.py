@@ -8,6 +8,7 @@ from typing import Any
 
 from galvatron_compile.costs import CostTable
 from galvatron_compile.plans import Plan
+from galvatron_compile.runnable import NOT_RUN
 from galvatron_compile.strategy import Strategy
 from galvatron_compile.text import columns, mib, ms
 
@@ -61,7 +62,8 @@ class SearchReport:
         ]
         title = f"candidate strategies (memory limit {mib(self.memory_limit_bytes)} MiB a rank)"
         more = [f"… and {self.num_left_out} more"] if self.num_left_out else []
-        return "\n".join([title, "", *lines, *more, "", f"best plan: {sources(self.best)}"])
+        about = [f"best plan: {sources(self.best)}", f"not searched: {NOT_RUN}"]
+        return "\n".join([title, "", *lines, *more, "", *about])
 
 
 def sources(plan: Plan) -> str:

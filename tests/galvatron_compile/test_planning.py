@@ -156,6 +156,13 @@ def test_the_smallest_limit_named_is_enough() -> None:
         planned(memory_bytes=needed - 1)
 
 
+def test_a_study_under_narrow_constraints_refuses_wider_ones() -> None:
+    narrow = Study.of(model(layers=2), CLUSTER, BATCH, None, "bf16", Constraints.parse("tp=1"))
+    assert narrow.under(Constraints.parse("tp=1; pp=2"), None).families()
+    with pytest.raises(PlanError, match="make a new one|make a new study"):
+        narrow.under(Constraints(), None)
+
+
 def test_long_sequences_are_divided_when_samples_run_out() -> None:
     long = load_shape(
         "long",
