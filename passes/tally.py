@@ -186,12 +186,19 @@ def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     name = func.overloadpacket.__name__
     if name == "_scaled_dot_product_flash_attention_for_cpu":
         is_causal = bool(args[4] if len(args) > 4 else kwargs.get("is_causal", False))
-        return int(sdpa_flop_count(*(t.shape for t in args[:3]))) // (1 + is_causal)
+        return int(sdpa_flop_count(*_alike(args[:3]))) // (1 + is_causal)
     if name == "_scaled_dot_product_flash_attention_for_cpu_backward":
         is_causal = bool(args[7] if len(args) > 7 else kwargs.get("is_causal", False))
-        return int(sdpa_backward_flop_count(*(t.shape for t in args[:4]))) // (1 + is_causal)
+        return int(sdpa_backward_flop_count(*_alike(args[:4]))) // (1 + is_causal)
     formula = flop_registry.get(func.overloadpacket)
     return int(formula(*args, **kwargs, out_val=out)) if formula else 0
+
+
+def _alike(tensors: Sequence[torch.Tensor]) -> list[torch.Size]:
+    """Shapes with the heads of the first: a key head works once for every query head of its
+    group, and torch 2.11 counts only equal numbers of heads."""
+    heads = tensors[0].shape[1]
+    return [torch.Size((t.shape[0], heads, *t.shape[2:])) for t in tensors]
 
 
 class _ByNode(fx.Interpreter):
