@@ -21,7 +21,6 @@ class Alternative:
     plan: Plan
     why: str
     name: str = ""
-    fits: bool = True
 
     def behind_percent(self, best_ms: float) -> float:
         return 100 * (float(self.plan.predicted["step_ms"]) / best_ms - 1)

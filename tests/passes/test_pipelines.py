@@ -37,6 +37,7 @@ def test_small_space() -> None:
         ("micro=5", 0),
         ("virtual=1; pp=2; micro=2", 2),
         ("schedule=interleaved; pp>=2", 1),
+        ("schedule=interleaved", 1),  # one stage has no schedule, so not that one either
     ],
 )
 def test_constraints_choose(constraints: str, number: int) -> None:
