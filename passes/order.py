@@ -1,0 +1,233 @@
+"""order: Outline → the list of actions of a rank. When parameters are gathered and freed, when
+gradients are summed, when activations travel.
+
+The order depends on the outline alone, never on time, so all ranks of a group start the same
+collectives in the same order. At most ``MAX_IN_FLIGHT`` gathers that are not yet needed, and as
+many sums of gradients, are under way.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator
+
+from galvatron_compile.actions import COMPUTE, Action, Outline
+from galvatron_compile.schedules import actions as schedule_actions
+
+MAX_IN_FLIGHT = 4
+
+
+def order(outline: Outline) -> tuple[Action, ...]:
+    """Everything that a rank of ``outline.group`` does in a training step."""
+    computed = list(_with_messages(outline, _training(outline)))
+    return tuple(_with_gradients(outline, list(_with_parameters(outline, computed))))
+
+
+def order_evaluation(outline: Outline) -> tuple[Action, ...]:
+    """Forward only, every micro-batch through all chunks in turn."""
+    computed = [
+        Action("forward", layer, batch)
+        for batch in range(outline.num_micro_batches)
+        for chunk in outline.chunks
+        for layer in chunk
+    ]
+    return tuple(_with_parameters(outline, list(_with_messages(outline, computed))))
+
+
+def _training(outline: Outline) -> Iterator[Action]:
+    """The schedule's pieces of work, layer by layer."""
+    schedule = outline.schedule if outline.pp > 1 else "1f1b"
+    chunks, count = outline.chunks, outline.num_micro_batches
+    for work in schedule_actions(schedule, outline.pp, count, len(chunks), outline.group):
+        layers, batch = chunks[work.chunk], work.micro_batch
+        if work.kind == "F":
+            yield from (Action("forward", layer, batch) for layer in layers)
+            continue
+        for layer in reversed(layers):
+            found = outline.layers[layer]
+            if not found.differentiable:
+                continue
+            if work.kind != "W" and found.recompute:
+                yield Action("recompute", layer, batch)
+            if work.kind == "B":
+                yield Action("backward", layer, batch)
+            elif work.kind == "I":
+                yield Action("backward_input", layer, batch)
+            else:
+                yield Action("backward_weight", layer, batch)
+
+
+# Messages between stages.
+
+
+def _with_messages(outline: Outline, computed: Iterable[Action]) -> Iterator[Action]:
+    """Receives are posted one piece of a stage's work before they are waited for."""
+    blocks = list(_blocks(outline, computed))
+    arrivals = [_arrival(outline, *block[:3]) for block in blocks]
+    if arrivals and arrivals[0]:
+        yield _receive(arrivals[0])
+    for number, (stage, direction, batch, work) in enumerate(blocks):
+        following = arrivals[number + 1] if number + 1 < len(blocks) else None
+        if following:
+            yield _receive(following)
+        if arrival := arrivals[number]:
+            yield arrival
+        yield from work
+        if direction == "forward" and stage < outline.num_stages - 1:
+            yield Action("send_activations", stage, batch)
+        if direction == "backward" and stage > 0:
+            yield Action("send_gradients", stage, batch)
+
+
+Block = tuple[int, str, int, list[Action]]  # stage, direction, micro-batch, what is computed
+
+
+def _blocks(outline: Outline, computed: Iterable[Action]) -> Iterator[Block]:
+    """Runs of actions of one stage, direction and micro-batch."""
+    chunk_of = {layer: c for c, layers in enumerate(outline.chunks) for layer in layers}
+    directions = {
+        "forward": "forward", "recompute": "backward", "backward": "backward",
+        "backward_input": "backward", "backward_weight": "weight",
+    }  # fmt: skip
+    block: Block | None = None
+    for action in computed:
+        stage = outline.stage_of(chunk_of[action.index])
+        key = (stage, directions[action.kind], action.micro_batch)
+        if block is None or block[:3] != key:
+            if block is not None:
+                yield block
+            block = (*key, [])
+        block[3].append(action)
+    if block is not None:
+        yield block
+
+
+def _arrival(outline: Outline, stage: int, direction: str, batch: int) -> Action | None:
+    if direction == "forward" and stage > 0:
+        return Action("wait_activations", stage, batch)
+    if direction == "backward" and stage < outline.num_stages - 1:
+        return Action("wait_gradients", stage, batch)
+    return None
+
+
+def _receive(arrival: Action) -> Action:
+    activations = arrival.kind == "wait_activations"
+    kind = "receive_activations" if activations else "receive_gradients"
+    return Action(kind, arrival.index, arrival.micro_batch)  # type: ignore[arg-type]
+
+
+# Parameters.
+
+
+def _with_parameters(outline: Outline, computed: list[Action]) -> Iterator[Action]:
+    """Gathers one use ahead of their need; ZeRO-3 units are freed between uses that are apart."""
+    needs = [_needed(outline, action) for action in computed]
+    uses = [place for place, units in enumerate(needs) if units]
+    following = dict(zip(uses, [*uses[1:], len(computed)], strict=True))
+    held = _Held(outline)
+    refresh = deque(dict.fromkeys(u for units in needs for u in units if _persistent(outline, u)))
+    for place, action in enumerate(computed):
+        units = needs[place]
+        if not units:
+            yield action
+            continue
+        yield from held.gather(units)
+        while refresh and held.num_gathering < MAX_IN_FLIGHT:
+            yield from held.gather([refresh.popleft()])
+        after = following[place]
+        ahead = needs[after] if after < len(computed) else ()
+        yield from held.gather(unit for unit in ahead if outline.units[unit].zero == 3)
+        yield from held.wait(units)
+        yield action
+        yield from held.free(unit for unit in units if unit not in ahead and _freed(outline, unit))
+    yield from held.free(unit for unit, found in enumerate(outline.units) if found.zero == 3)
+
+
+class _Held:
+    """Which units' working parameters are there at a point of the list."""
+
+    def __init__(self, outline: Outline) -> None:
+        none = {u for u, found in enumerate(outline.units) if not found.gathers}
+        self.full, self.gathering = none, set[int]()
+
+    @property
+    def num_gathering(self) -> int:
+        return len(self.gathering)
+
+    def gather(self, units: Iterable[int]) -> Iterator[Action]:
+        for unit in units:
+            if unit not in self.full and unit not in self.gathering:
+                self.gathering.add(unit)
+                yield Action("gather", unit)
+
+    def wait(self, units: Iterable[int]) -> Iterator[Action]:
+        for unit in units:
+            if unit in self.gathering:
+                self.gathering.discard(unit)
+                self.full.add(unit)
+                yield Action("wait_gather", unit)
+
+    def free(self, units: Iterable[int]) -> Iterator[Action]:
+        for unit in units:
+            yield from self.wait([unit])
+            if unit in self.full:
+                self.full.discard(unit)
+                yield Action("free", unit)
+
+
+def _needed(outline: Outline, action: Action) -> tuple[int, ...]:
+    if action.kind not in COMPUTE:
+        return ()
+    layer = outline.layers[action.index]
+    if action.kind == "backward_weight" and not layer.weights_for_weights:
+        return ()
+    return layer.units
+
+
+def _freed(outline: Outline, unit: int) -> bool:
+    """A shared unit stays from its first use to the end of the step."""
+    return outline.units[unit].zero == 3 and not outline.units[unit].shared
+
+
+def _persistent(outline: Outline, unit: int) -> bool:
+    return outline.units[unit].zero != 3 and outline.units[unit].gathers
+
+
+# Gradients.
+
+
+def _with_gradients(outline: Outline, listed: list[Action]) -> Iterator[Action]:
+    """Sums start when the last gradient of a unit has come: of a micro-batch under ZeRO-2 and
+    ZeRO-3, of the step otherwise."""
+    due = _due(outline, listed)
+    under_way: deque[int] = deque()
+    for place, action in enumerate(listed):
+        yield action
+        for unit in due[place]:
+            while len(under_way) >= MAX_IN_FLIGHT or unit in under_way:
+                yield Action("wait_reduce", under_way.popleft())
+            yield Action("reduce", unit)
+            under_way.append(unit)
+    yield from (Action("wait_reduce", unit) for unit in under_way)
+    trained = [u for units in due.values() for u in units]
+    for unit in dict.fromkeys(trained):
+        if outline.units[unit].varying:
+            yield Action("reduce_tensor", unit)
+    for unit, found in enumerate(outline.units):
+        if found.tied:
+            yield Action("reduce_tied", unit)
+
+
+def _due(outline: Outline, listed: list[Action]) -> dict[int, list[int]]:
+    """Place in the list -> units whose gradients are complete behind it."""
+    last: dict[tuple[int, int], int] = {}  # (unit, micro-batch or -1) -> place
+    for place, action in enumerate(listed):
+        if action.kind in ("backward", "backward_weight"):
+            for unit in outline.layers[action.index].units:
+                found = outline.units[unit]
+                if found.trainable:
+                    last[unit, action.micro_batch if found.zero >= 2 else -1] = place
+    due = defaultdict[int, list[int]](list)
+    for (unit, _), place in last.items():
+        due[place].append(unit)
+    return due
