@@ -25,7 +25,8 @@ from galvatron_compile.parallel_model import ParallelModel
 from galvatron_compile.passes.batch import batch
 from galvatron_compile.passes.capture_once import capture_once
 from galvatron_compile.passes.layers import find_layers
-from galvatron_compile.passes.rewrite import mesh_degrees, rewrite
+from galvatron_compile.passes.lower import lower
+from galvatron_compile.passes.rewrite import make_mesh, rewrite
 from galvatron_compile.plans import Plan
 from galvatron_compile.precision import Precision, computing_in
 from galvatron_compile.printer import fingerprint
@@ -94,12 +95,11 @@ def compile(
         decision = decide(layered, batch_size, setting, progress)
     else:
         decision = obey(layered, batch_size, setting, plan, progress)
-    mesh = Mesh.create(job.world_size, job.rank, mesh_degrees(decision.plan))
-    program = job.together(lambda: build(layered, decision, mesh, setting))
+    mesh = make_mesh(layered, decision.plan, job.world_size, job.rank)
+    lowered = job.together(lambda: lower(build(layered, decision, mesh, setting)))
     return ParallelModel(
-        program,
+        lowered,
         setting.precision,
-        device=job.device,
         seed=seed,
         search=decision.report,
         contents=contents,

@@ -11,22 +11,23 @@ import torch.distributed as dist
 
 from galvatron_compile.batches import check_batch, flatten_batch, split_batch, take_share
 from galvatron_compile.errors import NonFiniteLossError, PeerError
+from galvatron_compile.executor import Executor
+from galvatron_compile.layout import ParameterLayout
 from galvatron_compile.plans import Plan
 from galvatron_compile.precision import Precision
 from galvatron_compile.seeds import mix
 from galvatron_compile.states import States
-from galvatron_compile.unit_schedule import UnitSchedule
 
 if TYPE_CHECKING:
     from galvatron_compile.contents import Contents
-    from galvatron_compile.program import StageProgram
+    from galvatron_compile.lowered import LoweredProgram
     from galvatron_compile.search_report import SearchReport
 
 
 class ParallelModel:
     """One rank's part of a model that trains on ``plan.world_size`` ranks.
 
-    program: what this rank runs.
+    lowered: what this rank runs, and the list of actions that it obeys.
     precision: as the program's units were made.
     device: where batches go; None: where the units are.
     seed: of all random operators; the same on every rank.
@@ -36,23 +37,23 @@ class ParallelModel:
 
     def __init__(
         self,
-        program: StageProgram,
+        lowered: LoweredProgram,
         precision: Precision,
         *,
-        device: torch.device | None = None,
         seed: int = 0,
         search: SearchReport | None = None,
         contents: Contents | None = None,
     ) -> None:
-        self._program, self._precision, self._seed = program, precision, seed
+        self._lowered, self._program = lowered, lowered.program
+        self._precision, self._seed = precision, seed
         self.search = search
-        plan = program.plan
-        self._world_size, self._rank = program.mesh.world_size, program.mesh.rank
-        self._share_ranks = self._world_size // plan.data_size  # ranks that hold one share
+        program, plan, mesh = lowered.program, lowered.program.plan, lowered.program.mesh
+        self._world_size, self._rank = mesh.world_size, mesh.rank
+        self._position, self._group = mesh.position, mesh.group
+        self._share_ranks = mesh.group_size // plan.data_size  # ranks that hold one share
         self._loss_tp = plan.strategies[-1].tp
-        found = program.units[0].device if program.units else torch.device("cpu")
-        self._device = device or found
-        self._schedule = UnitSchedule(program.units)
+        self._device = program.device
+        self._executor = Executor(program, lowered.pieces)
         self._contents = contents
         held = (program.units, program.buffers, program.tied, contents)
         self._states = States(*held, unloaded=program.unloaded, device=self._device)
@@ -71,8 +72,8 @@ class ParallelModel:
 
     @property
     def data_rank(self) -> int:
-        """Which share this rank loads; tensor-parallel peers load the same one."""
-        return self._rank // self._share_ranks
+        """Which share this rank loads; tensor-parallel peers and other stages load the same one."""
+        return self._position // self._share_ranks
 
     def local_batch(self, global_batch: Any) -> Any:
         """This rank's share of a batch that every rank holds whole, in the same structure."""
@@ -92,67 +93,60 @@ class ParallelModel:
             GalvatronError: parameters or buffers were never given values.
         """
         self._states.check_loaded()
-        micro_batches, denominators = self._prepare(batch)
-        schedule = self._schedule
-        schedule.begin()
-        total: torch.Tensor | None = None
-        work: dist.Work | None = None
-        for number, leaves in enumerate(micro_batches):
-            last = number == len(micro_batches) - 1
-            schedule.begin_micro_batch(last=last)
-            seed = mix(self._seed, self.num_steps, number)
-            (loss,) = self._program.module(*leaves, *denominators, seed)
-            total = self._add(total, loss)
-            if last:  # travels while backward runs
-                work = self._launch_sum(total)
-            if loss.requires_grad:
-                loss.backward()
-            schedule.end_micro_batch()
-        schedule.finish()
-        assert total is not None
-        if work is not None:
-            work.wait()
+        inputs = self._prepare(batch)
+        seeds = [mix(self._seed, self.num_steps, number) for number in range(len(inputs))]
+        sums: list[dist.Work | None] = []
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+
+        def travels(losses: list[torch.Tensor]) -> None:
+            """The sum over ranks starts as soon as all losses are known, while backward runs."""
+            total.add_(self._counted(losses))
+            sums.append(self._launch_sum(total))
+
+        self._executor.train(self._lowered.training, inputs, seeds, on_last_loss=travels)
+        if not sums:
+            sums.append(self._launch_sum(total))
+        for work in sums:
+            if work is not None:
+                work.wait()
         self.num_steps += 1
         value = total.item()
         if not math.isfinite(value):
-            schedule.drop()
+            for unit in self._program.units:
+                unit.drop()
             raise NonFiniteLossError(
                 f"the loss of step {self.num_steps} is {value}; its gradients were dropped, "
                 "parameters and optimizer state are untouched. Lower the learning rate, or look "
                 "at this batch"
             )
-        schedule.commit()
-        return total.to(loss.dtype)
+        for unit in self._program.units:
+            unit.commit()
+        return total.to(self._lowered.loss_dtype)
 
     @torch.no_grad()
     def evaluate(self, batch: Any) -> torch.Tensor:
         """The mean loss of the global batch, without dropout and without gradients."""
         self._states.check_loaded()
-        micro_batches, denominators = self._prepare(batch)
-        self._schedule.begin()
-        total: torch.Tensor | None = None
-        for leaves in micro_batches:
-            (loss,) = self._program.evaluation(*leaves, *denominators, 0)
-            total = self._add(total, loss)
-        self._schedule.release()
-        assert total is not None
+        losses = self._executor.evaluate(self._lowered.evaluation, self._prepare(batch))
+        total = self._counted(losses)
         work = self._launch_sum(total)
         if work is not None:
             work.wait()
-        return total.to(loss.dtype)
+        return total.to(self._lowered.loss_dtype)
 
-    def _add(self, total: torch.Tensor | None, loss: torch.Tensor) -> torch.Tensor:
+    def _counted(self, losses: list[torch.Tensor]) -> torch.Tensor:
         """Sum of local losses in float64; ranks along the tensor axis count once."""
-        local = loss.detach().double()
-        if self._rank % self._loss_tp:
-            local = torch.zeros_like(local)
-        return local.clone() if total is None else total + local
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        if self._position % self._loss_tp == 0:
+            for loss in losses:
+                total += loss.double()
+        return total
 
     def _launch_sum(self, total: torch.Tensor) -> dist.Work | None:
         return dist.all_reduce(total, async_op=True) if self._world_size > 1 else None
 
-    def _prepare(self, batch: Any) -> tuple[list[list[torch.Tensor]], list[torch.Tensor]]:
-        """Micro-batches, and the loss's weights summed over them and over the data axis.
+    def _prepare(self, batch: Any) -> list[dict[str, torch.Tensor]]:
+        """Micro-batches by name, and the loss's weights summed over them and the data axis.
 
         The sum also tells every rank whether all batches were good.
         """
@@ -168,12 +162,16 @@ class ParallelModel:
         sums = torch.zeros(count + self._world_size, dtype=torch.float64, device=self._device)
         if error is not None:
             sums[count + self._rank] = 1
-        elif local and self._rank % self._share_ranks == 0:
+        elif local and self._group == 0 and self._position % self._share_ranks == 0:
             sums[:count] = torch.stack([value.double() for value in local])
         if self._world_size > 1:
             dist.all_reduce(sums)
         self._raise_together(error, sums[count:])
-        return micro_batches, [sums[index].to(value.dtype) for index, value in enumerate(local)]
+        names = self._program.inputs.names
+        weights = {
+            f"denominator_{index}": sums[index].to(value.dtype) for index, value in enumerate(local)
+        }
+        return [dict(zip(names, leaves, strict=True)) | weights for leaves in micro_batches]
 
     def _micro_batches(self, batch: Any) -> list[list[torch.Tensor]]:
         inputs, plan = self._program.inputs, self.plan
@@ -243,7 +241,7 @@ class ParallelModel:
             if gradient is None:
                 continue
             gradients.append(gradient)
-            if entry.layout.is_owner(self._rank) and gradient.numel():
+            if self._counts(entry.name, entry.layout) and gradient.numel():
                 square += torch.linalg.vector_norm(gradient, dtype=torch.float64) ** 2
         if self._world_size > 1:
             dist.all_reduce(square)
@@ -252,6 +250,10 @@ class ParallelModel:
         for gradient in gradients:
             gradient.mul_(scale.to(gradient.dtype))
         return norm
+
+    def _counts(self, name: str, layout: ParameterLayout) -> bool:
+        """Whether this rank is the one of all that hold an element that counts it."""
+        return self._program.layouts[name][0] == self._group and layout.is_owner(self._position)
 
     # Checkpoints.
 
@@ -297,5 +299,5 @@ class ParallelModel:
         return "\n\n".join(parts)
 
     def print_program(self) -> None:
-        """Print what this rank runs: every node with its collectives."""
-        print(self._program)
+        """Print what this rank runs: every node with its collectives, then its list of actions."""
+        print(self._lowered)

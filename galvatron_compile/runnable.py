@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from galvatron_compile.errors import UnsupportedError
+from galvatron_compile import schedules
+from galvatron_compile.errors import PlanError, UnsupportedError
 from galvatron_compile.plans import Plan
 from galvatron_compile.strategy import Strategy
 
@@ -12,7 +13,7 @@ LATER = {
     "ep": "expert parallel",
 }
 NOT_RUN = (
-    f"pipeline stages, {', '.join(LATER.values())}, selective recompute, which this version plans "
+    f"{', '.join(LATER.values())}, selective recompute, which this version plans "
     "(galvatron-compile plan) but does not execute yet"
 )
 
@@ -30,11 +31,10 @@ def why_not(strategy: Strategy) -> str | None:
 
 def check(plan: Plan) -> None:
     """Raise UnsupportedError, which says what to change, for a plan that does not run yet."""
-    if plan.pp > 1 or plan.num_stages > 1:
-        raise UnsupportedError(
-            f"a plan of {plan.num_stages} pipeline stages is not executed by this version yet; "
-            "leave pp and stages out, or plan again with pp=1"
-        )
+    schedule = plan.schedule if plan.pp > 1 else "1f1b"
+    reason = schedules.why_not(schedule, plan.pp, plan.num_micro_batches, plan.virtual)
+    if reason is not None:
+        raise PlanError(reason)
     for name, strategy in zip(plan.layers, plan.strategies, strict=True):
         reason = why_not(strategy)
         if reason is not None:

@@ -1,35 +1,30 @@
-"""The parameters of a layer, and the two modules that stand around a layer in a stage program."""
+"""The parameters of a layer: gathered together, reduced together."""
 
 from __future__ import annotations
 
-import functools
 import math
-import weakref
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
-from galvatron_compile.flat import FlatBucket, Slot
+from galvatron_compile.flat import FlatBucket, InFlight, Slot
 from galvatron_compile.layout import ParameterLayout
 from galvatron_compile.mesh import Axis
 from galvatron_compile.precision import Precision
-from galvatron_compile.unit_schedule import UnitSchedule
 
 
 class ParameterUnit(torch.nn.Module):
-    """All parameters of one layer: gathered together, reduced together.
+    """All parameters of one layer that are gathered and reduced together.
 
     Calling it gives the *working* tensors (compute dtype, tensor-local shape, in the order of
     ``layouts``), which are autograd leaves and the same objects every time. ``masters`` are what
     the optimizer updates: the tensor-local tensors without ZeRO, this rank's rows under ZeRO.
-    Neither is registered as a parameter of the module.
+    Neither is registered as a parameter of the module. When to gather, free and reduce is decided
+    by a list of actions, never here.
 
     values: the whole parameters; a tensor on the meta device leaves its name in ``unloaded``.
-    shared: other layers call the unit too, so it stays gathered from its first use to the end of
-        the step.
-    A unit used by itself schedules itself; the parts of a program get one :class:`UnitSchedule`.
+    shared: several layers of this rank use the unit.
+    tied: the axis of the ranks of other stages that hold the same parameters too.
     """
 
     def __init__(
@@ -43,14 +38,15 @@ class ParameterUnit(torch.nn.Module):
         precision: Precision,
         device: torch.device,
         shared: bool = False,
+        tied: Axis | None = None,
     ) -> None:
         super().__init__()
         if len({layout.zero for layout in layouts}) > 1:
             raise ValueError(f"unit {name}: one ZeRO stage for all parameters")
-        self.name, self.layouts, self.shared = name, tuple(layouts), shared
+        self.name, self.layouts, self.shared, self.tied = name, tuple(layouts), shared, tied
         self.data, self.tensor, self.device = data, tensor, device
         self.zero = layouts[0].zero if layouts else 0
-        self.rank = data.index * tensor.size + tensor.index
+        self.rank = data.index * tensor.size + tensor.index  # in the pipeline group
         groups: dict[tuple[torch.dtype, bool], list[tuple[int, ParameterLayout, torch.Tensor]]]
         groups = {}
         for index, (layout, value) in enumerate(zip(layouts, values, strict=True)):
@@ -69,13 +65,8 @@ class ParameterUnit(torch.nn.Module):
         self.unloaded: set[str] = {
             layout.name for layout, v in zip(layouts, values, strict=True) if v.is_meta
         }
-        self.schedule = UnitSchedule([self])
-        for index, working in enumerate(self.working):
-            if working.requires_grad:
-                # Weak: the collector cannot see through a tensor's hooks, so a unit that its own
-                # tensors hold on to would never be freed, nor the process groups it uses.
-                hook = functools.partial(_gradient_hook, weakref.ref(self), index)
-                working.register_post_accumulate_grad_hook(hook)
+        if self.zero == 3:
+            self.free()
 
     def describe(self) -> str:
         """One line for the printed program: whose parameters, how many, and what a call does."""
@@ -96,8 +87,9 @@ class ParameterUnit(torch.nn.Module):
         return bucket.masters[place], bucket.working[place]
 
     @property
-    def num_trainable(self) -> int:
-        return sum(layout.requires_grad for layout in self.layouts)
+    def gathers(self) -> bool:
+        """Whether working tensors are copies that have to be brought up to date."""
+        return not all(bucket.is_alias for bucket in self.buckets)
 
     @property
     def is_freed(self) -> bool:
@@ -105,7 +97,6 @@ class ParameterUnit(torch.nn.Module):
         return all(bucket.is_freed for bucket in self.buckets)
 
     def forward(self) -> tuple[torch.Tensor, ...]:
-        self.schedule.before_use(self)
         return tuple(self.working)
 
     def load(self, index: int, full: torch.Tensor) -> None:
@@ -114,83 +105,45 @@ class ParameterUnit(torch.nn.Module):
         bucket.load(slot, full)
         self.unloaded.discard(slot.layout.name)
 
-    def take_gradient(self, index: int, working: torch.Tensor) -> None:
-        """Move the gradient of working tensor ``index`` to where it is summed over ranks."""
+    # What the actions of a list do.
+
+    def gather(self) -> None:
+        for bucket in self.buckets:
+            bucket.launch_gather()
+
+    def wait_gather(self) -> None:
+        for bucket in self.buckets:
+            bucket.wait_gather()
+
+    def free(self) -> None:
+        for bucket in self.buckets:
+            bucket.free()
+
+    def add_gradient(self, index: int, gradient: torch.Tensor) -> None:
+        """Add the gradient of working tensor ``index`` to what is to be summed over ranks."""
         bucket, slot = self.places[index]
-        gradient, working.grad = working.grad, None
-        assert gradient is not None
         bucket.add(slot, gradient)
-        self.schedule.gradient_arrived(self)
+
+    def reduce(self) -> list[InFlight]:
+        """Start to sum over the data axis; wait for all that is returned."""
+        launched = [bucket.launch_reduce() for bucket in self.buckets]
+        return [found for found in launched if found is not None]
+
+    def reduce_tensor(self) -> list[InFlight]:
+        """Start to sum over the tensor axis what is V there."""
+        launched = [bucket.launch_tensor_reduce() for bucket in self.buckets]
+        return [found for found in launched if found is not None]
+
+    def commit(self) -> None:
+        """Hand the summed gradients to the masters, adding to what is there."""
+        for bucket in self.buckets:
+            bucket.commit()
+
+    def drop(self) -> None:
+        """Forget the gradients of this step."""
+        for bucket in self.buckets:
+            bucket.drop()
 
     def extra_repr(self) -> str:
         kind = "shared, " if self.shared else ""
         return f"{self.name}: {kind}{len(self.layouts)} parameters, zero {self.zero}"
-
-
-def _gradient_hook(
-    unit: weakref.ref[ParameterUnit], index: int, working: torch.Tensor
-) -> None:
-    found = unit()
-    assert found is not None, "a program was dropped while its backward ran"
-    found.take_gradient(index, working)
-
-
-class BackwardFence(torch.nn.Module):
-    """Identity on a layer's outputs that knows when the layer's parameters are needed.
-
-    When forward passes, the layer is done and its ZeRO-3 units are freed; when backward passes
-    (once per micro-batch, after the gradients of all outputs have come), they are gathered again.
-    """
-
-    def __init__(self, units: ParameterUnit | Sequence[ParameterUnit]) -> None:
-        super().__init__()
-        # A tuple, not submodules: the units are already submodules of the program.
-        self._units = (units,) if isinstance(units, ParameterUnit) else tuple(units)
-
-    def forward(self, *outputs: Any) -> tuple[Any, ...]:
-        tracked = [
-            index
-            for index, output in enumerate(outputs)
-            if isinstance(output, torch.Tensor) and output.requires_grad
-        ]
-        passed = list(outputs)
-        if tracked:
-            fenced = _Fence.apply(self, *(outputs[index] for index in tracked))
-            for index, output in zip(tracked, fenced, strict=True):
-                passed[index] = output
-        for unit in self._units:
-            unit.schedule.after_forward(unit)
-        return tuple(passed)
-
-    def enter_backward(self) -> None:
-        for unit in self._units[:1]:
-            unit.schedule.before_backward(self._units)
-
-
-class _Fence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, fence: BackwardFence, *tensors: torch.Tensor) -> Any:
-        ctx.fence = fence
-        ctx.set_materialize_grads(False)
-        return tensors
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
-        ctx.fence.enter_backward()
-        return (None, *gradients)
-
-
-class Recompute(torch.nn.Module):
-    """Keep only the inputs of ``module`` and run its forward again in backward.
-
-    No random state is saved: random operators of a program compute from explicit seeds.
-    """
-
-    def __init__(self, module: torch.nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, *args: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return self.module(*args)
-        return checkpoint(self.module, *args, use_reentrant=False, preserve_rng_state=False)

@@ -24,11 +24,11 @@ def order(outline: Outline) -> tuple[Action, ...]:
 
 
 def order_evaluation(outline: Outline) -> tuple[Action, ...]:
-    """Forward only, every micro-batch through all chunks in turn."""
+    """Forward only, every chunk for all micro-batches in turn."""
     computed = [
         Action("forward", layer, batch)
-        for batch in range(outline.num_micro_batches)
         for chunk in outline.chunks
+        for batch in range(outline.num_micro_batches)
         for layer in chunk
     ]
     return tuple(_with_parameters(outline, list(_with_messages(outline, computed))))
@@ -213,9 +213,10 @@ def _with_gradients(outline: Outline, listed: list[Action]) -> Iterator[Action]:
     for unit in dict.fromkeys(trained):
         if outline.units[unit].varying:
             yield Action("reduce_tensor", unit)
-    for unit, found in enumerate(outline.units):
-        if found.tied:
-            yield Action("reduce_tied", unit)
+    # Groups number their units differently, but must sum them in one order.
+    tied = [unit for unit, found in enumerate(outline.units) if found.tied]
+    for unit in sorted(tied, key=lambda unit: outline.units[unit].name):
+        yield Action("reduce_tied", unit)
 
 
 def _due(outline: Outline, listed: list[Action]) -> dict[int, list[int]]:

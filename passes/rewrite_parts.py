@@ -20,11 +20,11 @@ from galvatron_compile.passes.sharding.table import ShardingTable
 from galvatron_compile.plans import Plan
 from galvatron_compile.precision import Precision
 from galvatron_compile.strategy import Strategy
-from galvatron_compile.units import ParameterUnit, Recompute
+from galvatron_compile.units import ParameterUnit
 
 
 class LayerModules:
-    """One graph per (class, tp, sp, dp) of the plan, and one module per layer around it."""
+    """One graph per (class, tp, sp, dp) of the plan; ``training[i]`` is that of layer i."""
 
     def __init__(
         self,
@@ -36,8 +36,8 @@ class LayerModules:
     ) -> None:
         self.sharded: list[ShardedLayer] = []
         self.graphs: dict[str, fx.GraphModule] = {}
-        self.training: list[torch.nn.Module] = []
-        self.evaluation: list[torch.nn.Module] = []
+        self.training: list[fx.GraphModule] = []
+        self.evaluation: list[fx.GraphModule] = []
         evaluation: dict[str, fx.GraphModule] = {}
         remarks: dict[str, None] = {}
         for layer, strategy in zip(layered.layers, plan.strategies, strict=True):
@@ -48,9 +48,8 @@ class LayerModules:
                 retarget_devices(graph, device)
                 self.graphs[name] = gather_batch(graph, mesh.data(strategy.tp))
                 evaluation[name] = without_dropout(self.graphs[name])
-            graph = self.graphs[name]
             self.sharded.append(sharded)
-            self.training.append(Recompute(graph) if strategy.recompute == "full" else graph)
+            self.training.append(self.graphs[name])
             self.evaluation.append(evaluation[name])
             remarks |= dict.fromkeys(sharded.remarks)
         self.remarks = tuple(remarks)
@@ -63,11 +62,14 @@ def _graph_name(class_name: str, strategy: Strategy) -> str:
 
 @dataclass(frozen=True)
 class Units:
-    """The parameter units in order of first use, and where each layer finds its parameters."""
+    """The parameter units of one rank in order of first use, and where its layers find theirs."""
 
     ordered: tuple[ParameterUnit, ...]
-    of_layer: tuple[tuple[int, ...], ...]  # unit numbers that layer i calls
+    of_layer: Mapping[int, tuple[int, ...]]  # layer -> unit numbers that it calls
     places: Mapping[str, tuple[int, int]]  # parameter name -> (unit number, index in the unit)
+
+
+Layouts = dict[str, tuple[int, ParameterLayout]]
 
 
 def parameter_units(
@@ -77,33 +79,78 @@ def parameter_units(
     layers: LayerModules,
     precision: Precision,
     device: torch.device,
-) -> Units:
-    uses = Counter(name for layer in layered.layers for name in dict.fromkeys(layer.parameters))
-    units: list[ParameterUnit] = []
-    of_layer: list[tuple[int, ...]] = []
-    places: dict[str, tuple[int, int]] = {}
-    for index, layer in enumerate(layered.layers):
-        new = [name for name in dict.fromkeys(layer.parameters) if name not in places]
-        for shared in (False, True):
-            names = [name for name in new if (uses[name] > 1) == shared]
-            if names:
-                strategy = plan.strategies[index]
-                layouts = _layouts(layered, layer, names, layers.sharded[index], strategy)
-                values = [layered.graph.parameters[name] for name in names]
-                unit = ParameterUnit(
-                    layer.name + (" (shared)" if shared else ""),
-                    layouts,
-                    values,
-                    data=mesh.data(strategy.tp),
-                    tensor=mesh.tensor(strategy.tp),
-                    precision=precision,
-                    device=device,
-                    shared=shared,
-                )
-                places |= {name: (len(units), place) for place, name in enumerate(names)}
-                units.append(unit)
-        of_layer.append(tuple(dict.fromkeys(places[name][0] for name in layer.parameters)))
-    return Units(tuple(units), tuple(of_layer), places)
+    tied: Mapping[str, tuple[int, ...]],
+) -> tuple[Units, Layouts]:
+    """This rank's units, and of every parameter of the model its owner group and layout there."""
+    layouts: Layouts = {}
+    mine: Units | None = None
+    for group in range(plan.pp):
+        collector = _Collector(layered, plan, layers, plan.group_layers(group), tied)
+        if group == mesh.group:
+            mine = collector.units(mesh, precision, device)
+        for layout in collector.layouts.values():
+            layouts.setdefault(layout.name, (group, layout))
+    assert mine is not None
+    order = [name for layer in layered.layers for name in layer.parameters]
+    return mine, {name: layouts[name] for name in dict.fromkeys(order)}
+
+
+class _Collector:
+    """Which parameters of one pipeline group belong together.
+
+    A layer's own parameters are one unit; those that several layers of the group share another;
+    one that other groups hold too is a unit by itself, alike in all of them.
+    """
+
+    def __init__(
+        self,
+        layered: LayeredGraph,
+        plan: Plan,
+        layers: LayerModules,
+        numbers: Sequence[int],
+        tied: Mapping[str, tuple[int, ...]],
+    ) -> None:
+        self.layered, self.plan, self.numbers, self.tied = layered, plan, numbers, tied
+        self.layouts: dict[str, ParameterLayout] = {}
+        uses = Counter(n for i in numbers for n in dict.fromkeys(layered.layers[i].parameters))
+        self.members: list[tuple[int, str, list[str], bool]] = []  # layer, unit, names, shared
+        for index in numbers:
+            layer = layered.layers[index]
+            new = [n for n in dict.fromkeys(layer.parameters) if n not in self.layouts]
+            strategy, sharded = plan.strategies[index], layers.sharded[index]
+            made = _layouts(layered, layer, new, sharded, strategy)
+            self.layouts |= {layout.name: layout for layout in made}
+            apart = {n: f"{n} (tied across stages)" for n in new if n in tied}
+            shared = {n: f"{layer.name} (shared)" for n in new if uses[n] > 1}
+            titles = {n: apart.get(n) or shared.get(n) or layer.name for n in new}
+            for title in sorted(set(titles.values()), key=lambda t: (t != layer.name, t)):
+                names = [n for n in new if titles[n] == title]
+                self.members.append((index, title, names, uses[names[0]] > 1))
+
+    def units(self, mesh: Mesh, precision: Precision, device: torch.device) -> Units:
+        ordered: list[ParameterUnit] = []
+        places: dict[str, tuple[int, int]] = {}
+        for index, title, names, shared in self.members:
+            strategy = self.plan.strategies[index]
+            holders = self.tied.get(names[0])
+            unit = ParameterUnit(
+                title,
+                [self.layouts[name] for name in names],
+                [self.layered.graph.parameters[name] for name in names],
+                data=mesh.data(strategy.tp),
+                tensor=mesh.tensor(strategy.tp),
+                precision=precision,
+                device=device,
+                shared=shared,
+                tied=mesh.tied[holders] if holders else None,
+            )
+            places |= {name: (len(ordered), place) for place, name in enumerate(names)}
+            ordered.append(unit)
+        of_layer = {
+            i: tuple(dict.fromkeys(places[n][0] for n in self.layered.layers[i].parameters))
+            for i in self.numbers
+        }
+        return Units(tuple(ordered), of_layer, places)
 
 
 def _layouts(

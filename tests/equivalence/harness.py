@@ -14,7 +14,8 @@ from galvatron_compile.job import Job
 from galvatron_compile.mesh import Mesh
 from galvatron_compile.notation import parse
 from galvatron_compile.parallel_model import ParallelModel
-from galvatron_compile.passes.rewrite import mesh_degrees
+from galvatron_compile.passes.lower import lower
+from galvatron_compile.passes.rewrite import make_mesh
 from galvatron_compile.passes.sharding.table import shard
 from galvatron_compile.precision import Precision
 from galvatron_compile.printer import fingerprint
@@ -48,7 +49,7 @@ def compare(
     for text, plan in parsed.items():
         restore(case.model, initial)
         job = Job.current(case.model)
-        mesh = Mesh.create(job.world_size, job.rank, mesh_degrees(plan))
+        mesh = make_mesh(layered, plan, job.world_size, job.rank)
         parallel = assemble(layered, plan, shardings, mesh, job)
         outcomes[text] = one(parallel, case, expected, 3 if text in train else 1)
     return {text: asdict(outcome) for text, outcome in outcomes.items()}
@@ -59,7 +60,7 @@ def assemble(layered: Any, plan: Any, shardings: Any, mesh: Mesh, job: Job) -> P
 
     setting = Setting(job, None, Precision(), None, False)  # type: ignore[arg-type]
     program = build(layered, Decision(plan, shardings, None), mesh, setting)
-    return ParallelModel(program, Precision())
+    return ParallelModel(lower(program), Precision())
 
 
 def reference(case: Case) -> Mapping[str, Any]:
@@ -94,6 +95,25 @@ def restore(model: torch.nn.Module, values: Mapping[str, torch.Tensor]) -> None:
             parameter.grad = None
 
 
+def everywhere(parallel: ParallelModel) -> dict[str, torch.Tensor]:
+    """Whole gradients of all stages, on every rank."""
+    import torch.distributed as dist
+
+    mine = {
+        entry.name: entry.whole(entry.master.grad).clone()
+        for entry in parallel._states.entries
+        if entry.master.grad is not None
+    }
+    if not dist.is_initialized():
+        return mine
+    each: list = [None] * dist.get_world_size()
+    dist.all_gather_object(each, mine)
+    for found in each:
+        for name, value in found.items():
+            assert name not in mine or torch.allclose(mine[name], value, rtol=1e-12), name
+    return {name: value for found in each for name, value in found.items()}
+
+
 def one(
     parallel: ParallelModel, case: Case, expected: Mapping[str, Any], num_steps: int
 ) -> Outcome:
@@ -105,7 +125,7 @@ def one(
         loss = float(parallel.step(local))
         loss_error = max(loss_error, abs(loss / float(expected["losses"][step]) - 1))
         if step == 0:
-            got = parallel.full_gradients()
+            got = everywhere(parallel)
             gradient_error, worst = largest(got, expected["gradients"])
         optimizer.step()
     trained = 0.0
