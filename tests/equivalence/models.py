@@ -63,13 +63,21 @@ class OddGPT(nn.Module):
 
 @dataclass(frozen=True)
 class Case:
-    """A model and its global batch (kwargs)."""
+    """A model and its global batch (kwargs): tensors, and constants such as ``use_cache=False``."""
 
     model: nn.Module
-    batch: dict[str, torch.Tensor]
+    batch: dict[str, Any]
 
 
-def _text(labels: str = "labels", **extra: torch.Tensor) -> dict[str, torch.Tensor]:
+def _padding() -> torch.Tensor:
+    """An attention mask that leaves out none, one or two tokens at the end of each sample."""
+    mask = torch.ones(BATCH, SEQ, dtype=torch.int64)
+    for row in range(BATCH):
+        mask[row, SEQ - row % 3 :] = 0
+    return mask
+
+
+def _text(labels: str = "labels", **extra: Any) -> dict[str, Any]:
     """Token batch whose ignored labels are spread very unevenly over the samples."""
     tokens = torch.randint(0, VOCAB, (BATCH, SEQ))
     wanted = torch.randint(0, VOCAB, (BATCH, SEQ))
@@ -112,10 +120,21 @@ def bert() -> Case:
         vocab_size=VOCAB, max_position_embeddings=SEQ, hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
-    mask = torch.ones(BATCH, SEQ, dtype=torch.int64)
-    for row in range(BATCH):
-        mask[row, SEQ - row % 3 :] = 0
-    return Case(BertForMaskedLM(config), _text(attention_mask=mask))
+    return Case(BertForMaskedLM(config), _text(attention_mask=_padding()))
+
+
+def t5() -> Case:
+    """Encoder and decoder of different lengths, one embedding for both of them and the head."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        d_model=32, d_kv=8, d_ff=48, num_layers=2, num_decoder_layers=3, num_heads=4,
+        vocab_size=VOCAB, dropout_rate=0.0, decoder_start_token_id=0, pad_token_id=0,
+        relative_attention_num_buckets=8, relative_attention_max_distance=10,
+    )
+    batch = _text(attention_mask=_padding(), use_cache=False)
+    batch["labels"] = batch["labels"][:, : SEQ - 4].contiguous()
+    return Case(T5ForConditionalGeneration(config), batch)
 
 
 def vit() -> Case:
@@ -134,7 +153,7 @@ def vit() -> Case:
 
 
 MODELS: dict[str, Callable[[], Case]] = {
-    "odd_gpt": odd_gpt, "llama": llama, "gpt2": gpt2, "bert": bert, "vit": vit,
+    "odd_gpt": odd_gpt, "llama": llama, "gpt2": gpt2, "bert": bert, "vit": vit, "t5": t5,
 }
 
 

@@ -37,13 +37,24 @@ TRAINED = {
     "all: tp2.dp2.zero2; 1: dp4.zero3.recompute; 2: tp4; micro=2", "tp4",
     "tp2.dp4.zero1; micro=2", "tp2.sp.dp4.zero1.recompute; micro=2",
 }
-# Ten tokens (nine patches and the class token) do not divide over four ranks.
+# T5's encoder (layers 1 and 2) and its decoder (the larger family of blocks) run differently.
+ENCODER_DECODER = {
+    2: ["all: dp2; 1-2: tp2.sp; micro=2"],
+    4: [
+        "all: tp2.dp2; 1-2: dp4.zero3; blocks: tp4.sp; micro=2",
+        "all: dp4.zero1; 1-2: tp2.sp.dp2; 4: tp4.recompute",
+    ],
+    8: ["all: dp8; 1-2: tp4.dp2.zero3; blocks: tp2.sp.dp4.zero2.recompute"],
+}
+# Ten tokens (nine patches and the class token) do not divide over four ranks. T5's layer 3 has the
+# embedding of layer 0 and the head, and layers with tied parameters need one strategy.
 IMPOSSIBLE = {
+    ("t5", "all: dp4.zero1; 1-2: tp2.sp.dp2; 3: tp4.recompute"),
     ("vit", "tp4.sp"),
     ("vit", "tp4.sp.dp2; micro=4"),
     ("vit", "all: tp2.dp4.zero3; 1: dp8; 2: tp4.sp.dp2.recompute"),
 }
-MODELS = ["odd_gpt", "llama", "gpt2", "bert", "vit"]
+MODELS = ["odd_gpt", "llama", "gpt2", "bert", "vit", "t5"]
 
 
 def on_ranks(folder: str, model: str, plans: list[str], train: list[str]) -> Any:
@@ -61,8 +72,7 @@ def outcomes(ranks: Callable[[int], Any]) -> Callable[[str, int], dict[str, Any]
 
     def get(model: str, world_size: int) -> dict[str, Any]:
         if (model, world_size) not in known:
-            plans = {2: TWO, 4: FOUR, 8: EIGHT}[world_size]
-            plans = [plan for plan in plans if (model, plan) not in IMPOSSIBLE]
+            plans = plans_of(model, world_size)
             train = [plan for plan in plans if plan in TRAINED]
             results = ranks(world_size).run(
                 on_ranks, str(HERE), model, plans, train, timeout_s=600.0
@@ -73,8 +83,14 @@ def outcomes(ranks: Callable[[int], Any]) -> Callable[[str, int], dict[str, Any]
     return get
 
 
-def cases(plans: list[str]) -> list[tuple[str, str]]:
-    return [(m, p) for m in MODELS for p in plans if (m, p) not in IMPOSSIBLE]
+def plans_of(model: str, world_size: int) -> list[str]:
+    plans = {2: TWO, 4: FOUR, 8: EIGHT}[world_size]
+    special = ENCODER_DECODER[world_size] if model == "t5" else []
+    return [*(plan for plan in plans if (model, plan) not in IMPOSSIBLE), *special]
+
+
+def cases(world_size: int) -> list[tuple[str, str]]:
+    return [(model, plan) for model in MODELS for plan in plans_of(model, world_size)]
 
 
 def check(outcome: dict[str, Any]) -> None:
@@ -83,17 +99,17 @@ def check(outcome: dict[str, Any]) -> None:
     assert outcome["trained"] < TOLERANCE, outcome
 
 
-@pytest.mark.parametrize(("model", "plan"), cases(TWO))
+@pytest.mark.parametrize(("model", "plan"), cases(2))
 def test_two_ranks_equal_one(outcomes: Any, model: str, plan: str) -> None:
     check(outcomes(model, 2)[plan])
 
 
-@pytest.mark.parametrize(("model", "plan"), cases(FOUR))
+@pytest.mark.parametrize(("model", "plan"), cases(4))
 def test_four_ranks_equal_one(outcomes: Any, model: str, plan: str) -> None:
     check(outcomes(model, 4)[plan])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("model", "plan"), cases(EIGHT))
+@pytest.mark.parametrize(("model", "plan"), cases(8))
 def test_eight_ranks_equal_one(outcomes: Any, model: str, plan: str) -> None:
     check(outcomes(model, 8)[plan])
