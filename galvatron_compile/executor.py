@@ -14,7 +14,7 @@ from galvatron_compile.actions import Action
 from galvatron_compile.flat import InFlight
 from galvatron_compile.links import Links
 from galvatron_compile.pieces import Piece
-from galvatron_compile.program import Crossing, StageProgram
+from galvatron_compile.program import Crossing, StageGraph, StageProgram
 from galvatron_compile.seeds import layer_seed
 from galvatron_compile.tied import sum_tied
 
@@ -50,6 +50,7 @@ class Executor:
         self.program, self.pieces, self.units = program, pieces, program.units
         self.links = Links(program.mesh, program.plan.num_stages)
         self.stages = {stage.index: stage for stage in program.stages}
+        self.cuts = {stage.index: _Cut.of(stage) for stage in program.stages}
         self.stage_of = {layer: s.index for s in program.stages for layer in s.layers}
         self.last_stage = program.plan.num_stages - 1
 
@@ -122,33 +123,32 @@ class Executor:
     # Messages.
 
     def _receive_activations(self, stage: int, batch: int) -> None:
-        crossings = self.stages[stage].received
-        self.links.receive("activations", stage - 1, batch, crossings, self.program.device)
+        cut = self.cuts[stage]
+        self.links.receive("activations", stage - 1, batch, cut.received, self.program.device)
 
     def _wait_activations(self, stage: int, batch: int) -> None:
         found = self.links.wait("activations", stage - 1, batch)
-        self._values(stage, batch).update(found)
+        self._values(stage, batch).update(zip(self.cuts[stage].received_as, found, strict=True))
 
     def _send_activations(self, stage: int, batch: int) -> None:
-        values = self._values(stage, batch)
-        sent = {crossing.name: values[crossing.name] for crossing in self.stages[stage].sent}
-        self.links.send("activations", stage, sent)
-        del self._step.values[stage, batch]
+        values = self._step.values.pop((stage, batch))
+        self.links.send("activations", stage, [values[name] for name in self.cuts[stage].sent_as])
 
     def _receive_gradients(self, stage: int, batch: int) -> None:
-        crossings = differentiable(self.stages[stage].sent)
+        crossings = [crossing for crossing, _ in self.cuts[stage].behind]
         self.links.receive("gradients", stage, batch, crossings, self.program.device)
 
     def _wait_gradients(self, stage: int, batch: int) -> None:
-        for name, gradient in self.links.wait("gradients", stage, batch).items():
+        found = self.links.wait("gradients", stage, batch)
+        for (_, name), gradient in zip(self.cuts[stage].behind, found, strict=True):
             self._add_gradient(stage, batch, name, gradient)
 
     def _send_gradients(self, stage: int, batch: int) -> None:
         gradients = self._step.gradients.pop((stage, batch), {})
-        sent = {}
-        for crossing in differentiable(self.stages[stage].received):
-            gradient = gradients.get(crossing.name)
-            sent[crossing.name] = self._zeros(crossing) if gradient is None else gradient
+        sent = []
+        for crossing, name in self.cuts[stage].before:
+            gradient = gradients.get(name)
+            sent.append(self._zeros(crossing) if gradient is None else gradient)
         self.links.send("gradients", stage - 1, sent)
 
     def _zeros(self, crossing: Crossing) -> Tensor:
@@ -247,5 +247,27 @@ class Executor:
                 self.units[unit].add_gradient(place, gradient)
 
 
-def differentiable(crossings: Sequence[Crossing]) -> tuple[Crossing, ...]:
-    return tuple(crossing for crossing in crossings if crossing.differentiable)
+@dataclass(frozen=True)
+class _Cut:
+    """What crosses the cuts of a stage, and the names of these values in its graph.
+
+    before, behind: what has a gradient that travels back over the cut before and behind.
+    """
+
+    received: tuple[Crossing, ...]
+    received_as: tuple[str, ...]
+    sent_as: tuple[str, ...]
+    before: tuple[tuple[Crossing, str], ...]
+    behind: tuple[tuple[Crossing, str], ...]
+
+    @staticmethod
+    def of(stage: StageGraph) -> _Cut:
+        before = zip(stage.received, stage.received_as, strict=True)
+        behind = zip(stage.sent, stage.sent_as, strict=False)  # the last stage returns the loss
+        return _Cut(
+            received=stage.received,
+            received_as=stage.received_as,
+            sent_as=stage.sent_as,
+            before=tuple(pair for pair in before if pair[0].differentiable),
+            behind=tuple(pair for pair in behind if pair[0].differentiable),
+        )

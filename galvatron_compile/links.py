@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,7 @@ class Links:
 
     def __init__(self, mesh: Mesh, num_stages: int) -> None:
         self.mesh, self.num_stages = mesh, num_stages
-        self._arriving: dict[_Key, list[tuple[str, Tensor, dist.Work | None]]] = {}
+        self._arriving: dict[_Key, list[tuple[Tensor, dist.Work | None]]] = {}
         self._leaving: deque[tuple[Tensor, dist.Work]] = deque()
 
     def receive(
@@ -43,26 +43,26 @@ class Links:
         for crossing in crossings:
             target = torch.empty(crossing.shape, dtype=crossing.dtype, device=device)
             work = dist.irecv(_bytes(target), src=source, group=axis.group)
-            arriving.append((crossing.name, target, work))
+            arriving.append((target, work))
         self._arriving[direction, cut, micro_batch] = arriving
 
-    def wait(self, direction: str, cut: int, micro_batch: int) -> dict[str, Tensor]:
-        """What was received, by name."""
-        found = {}
-        for name, target, work in self._arriving.pop((direction, cut, micro_batch)):
+    def wait(self, direction: str, cut: int, micro_batch: int) -> list[Tensor]:
+        """What was received, in order."""
+        found = []
+        for target, work in self._arriving.pop((direction, cut, micro_batch)):
             if work is not None:
                 work.wait()
-            found[name] = target
+            found.append(target)
         return found
 
-    def send(self, direction: str, cut: int, values: Mapping[str, Tensor]) -> None:
-        """Start to send, in the order of ``values``."""
+    def send(self, direction: str, cut: int, values: Sequence[Tensor]) -> None:
+        """Start to send, in order."""
         while self._leaving and self._leaving[0][1].is_completed():
             self._leaving.popleft()
         axis = self.mesh.link(direction, cut)
         target = self._peer(axis, cut + 1 if direction == "activations" else cut)
-        for value in values.values():
-            value = value.detach().contiguous()
+        for tensor in values:
+            value = tensor.detach().contiguous()
             work = dist.isend(_bytes(value), dst=target, group=axis.group)
             if work is not None:
                 self._leaving.append((value, work))

@@ -44,7 +44,8 @@ class StageGraph:
         layout changes. It runs eagerly and autograd goes through.
     evaluation: the same without dropout.
     layers: numbers of the layers, in order.
-    received, sent: what crosses the cut before and the cut behind, in order.
+    received, sent: what crosses the cut before and the cut behind, in order, named as in the whole
+        model; ``received_as`` and ``sent_as``: as in ``module``.
     """
 
     index: int
@@ -53,6 +54,16 @@ class StageGraph:
     evaluation: fx.GraphModule
     received: tuple[Crossing, ...] = ()
     sent: tuple[Crossing, ...] = ()
+
+    @property
+    def received_as(self) -> tuple[str, ...]:
+        placeholders = list(self.module.graph.find_nodes(op="placeholder"))
+        first = len(placeholders) - 1 - len(self.received)  # the seed comes last
+        return tuple(node.name for node in placeholders[first:-1])
+
+    @property
+    def sent_as(self) -> tuple[str, ...]:
+        return tuple(node.name for node in self.module.graph.output_node().args[0])  # type: ignore[union-attr]
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def pieces(program: StageProgram, stage: StageGraph) -> tuple[PieceGraph, ...]:
 
 
 def _with_drops(made: Sequence[PieceGraph], stage: StageGraph) -> tuple[PieceGraph, ...]:
-    kept = {crossing.name for crossing in stage.sent}
+    kept = set(stage.sent_as)
     last = {name: place for place, piece in enumerate(made) for name in piece.values}
     return tuple(
         replace(
