@@ -1,39 +1,144 @@
-"""When every action of a pipeline runs: the schedule's lists walked with the plan's times.
+"""When everything in a step runs: spans of time on the streams of every pipeline group.
 
-The closed form that the search minimises assumes a perfect schedule; this walks the very lists
-that ranks follow, so a timeline also shows what uneven stages and waiting for neighbours cost.
+The nouns do not say where the times come from: the simulator makes them from costs, the runtime
+from clocks, and both draw on the same axes. :func:`simulate` makes one from a plan alone.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-from galvatron_compile.errors import PlanError
+from galvatron_compile import work_json
+from galvatron_compile.actions import COMPUTE, LayerOutline, Outline, UnitOutline
 from galvatron_compile.plans import Plan, Stage
 from galvatron_compile.prediction import Prediction
-from galvatron_compile.schedules import Action, actions
+from galvatron_compile.work import LayerWork, Phase, SendWork, UnitWork, Work
 
-KINDS = {
-    "F": "forward",
-    "B": "backward",
-    "I": "backward to the inputs",
-    "W": "backward to the weights",
-    "S": "gradient synchronisation and optimizer",
+Stream = Literal["compute", "communication", "messages"]
+STREAMS: tuple[Stream, ...] = ("compute", "communication", "messages")
+
+NAMES = {
+    "forward": "forward",
+    "recompute": "forward again",
+    "backward": "backward",
+    "backward_input": "backward to the inputs",
+    "backward_weight": "backward to the weights",
+    "optimizer": "optimizer",
+    "step_once": "gradient synchronisation and optimizer",
+    "gather": "gathering parameters",
+    "reduce": "summing gradients",
+    "reduce_tensor": "summing gradients over tensor-parallel ranks",
+    "reduce_tied": "summing gradients over stages",
+    "send_activations": "sending activations",
+    "send_gradients": "sending gradients",
 }
+"""What spans of a kind are, for people. A kind is that of the action which started it; the last
+part of a step is in no list, ``step_once`` where sums of gradients are not told apart from it."""
 
 
-class Span(NamedTuple):
-    """One action of a group. ``S``, once at the end of a step, has micro-batch -1."""
+@dataclass(frozen=True, slots=True)
+class Span:
+    """kind: see NAMES. index: of the layer (compute), the unit (gather, reduce) or the sending
+    stage (messages); -1 for the optimizer. micro_batch: -1 for what happens once a step.
+    stream: of the group; a message runs on its sender's."""
 
     kind: str
-    chunk: int
+    index: int
     micro_batch: int
+    stream: Stream
     start_ms: float
     end_ms: float
+
+
+class Held(NamedTuple):
+    """From ``time_ms`` on, a rank holds ``num_bytes``."""
+
+    time_ms: float
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """The spans of every pipeline group in order of their start. Those of the compute stream and of
+    the communication stream do not overlap.
+
+    memory: what a rank of every group holds, as steps; empty if it is not known.
+    assumed: nothing was predicted; only the proportions mean something.
+    """
+
+    rows: tuple[tuple[Span, ...], ...]
+    memory: tuple[tuple[Held, ...], ...] = ()
+    assumed: bool = False
+
+    def row(self, group: int, stream: Stream) -> list[Span]:
+        return [span for span in self.rows[group] if span.stream == stream]
+
+    @cached_property
+    def total_ms(self) -> float:
+        return max((span.end_ms for row in self.rows for span in row), default=0.0)
+
+    @cached_property
+    def idle_share(self) -> float:
+        """Of the time of all groups, how much none of them computes."""
+        busy = sum(
+            span.end_ms - span.start_ms
+            for row in self.rows
+            for span in row
+            if span.stream == "compute"
+        )
+        whole = self.total_ms * len(self.rows)
+        return 1 - busy / whole if whole else 0.0
+
+
+def blocks(row: Sequence[Span], chunk_of: Sequence[int]) -> list[tuple[Span, int]]:
+    """Compute spans joined where a group goes on with the same stage, direction and micro-batch
+    at once, with the chunk they belong to. chunk_of: of every layer."""
+    found: list[tuple[Span, int]] = []
+    for span in row:
+        if span.stream != "compute":
+            continue
+        kind = "backward" if span.kind == "recompute" else span.kind
+        chunk = chunk_of[span.index] if span.kind in COMPUTE else 0
+        if found:
+            last, before = found[-1]
+            same = _direction(last.kind) == _direction(kind) and chunk == before
+            gap = span.start_ms - last.end_ms
+            if same and last.micro_batch == span.micro_batch and gap <= 1e-9 * span.end_ms:
+                kept = kind if kind != "backward" else last.kind
+                found[-1] = replace(last, kind=kept, end_ms=span.end_ms), chunk
+                continue
+        found.append((replace(span, kind=kind), chunk))
+    return found
+
+
+def _direction(kind: str) -> str:
+    return "backward" if kind == "backward_input" else kind
+
+
+def simulate(plan: Plan) -> Timeline:
+    """Walk the lists of a plan's groups with its predicted times.
+
+    Action by action where the plan has its work (see :mod:`galvatron_compile.work_json`), else
+    stage by stage. PlanError if the schedule does not fit the plan.
+    """
+    from galvatron_compile import simulator
+    from galvatron_compile.passes.order import order
+
+    known = work_json.of_plan(plan)
+    if known is not None:
+        outlines, works = known
+        return simulator.simulate(outlines, [order(each) for each in outlines], works).timeline
+    times = StageTimes.of(plan)
+    outlines, works = by_stage(plan, times)
+    found = simulator.simulate(outlines, [order(each) for each in outlines], works).timeline
+    rows = tuple(
+        tuple(replace(s, kind="step_once") if s.kind == "optimizer" else s for s in row)
+        for row in found.rows
+    )
+    return replace(found, rows=rows, memory=(), assumed=times.assumed)
 
 
 @dataclass(frozen=True)
@@ -79,111 +184,28 @@ class StageTimes:
         )
 
 
-@dataclass(frozen=True)
-class Timeline:
-    """The actions of every pipeline group, in the order they run.
-
-    assumed: see StageTimes; then only the proportions mean something.
-    """
-
-    rows: tuple[tuple[Span, ...], ...]
-    assumed: bool = False
-
-    @cached_property
-    def total_ms(self) -> float:
-        return max(row[-1].end_ms for row in self.rows)
-
-    @cached_property
-    def idle_share(self) -> float:
-        """Of the time of all groups, how much none of their actions runs."""
-        busy = sum(span.end_ms - span.start_ms for row in self.rows for span in row)
-        whole = self.total_ms * len(self.rows)
-        return 1 - busy / whole if whole else 0.0
-
-
-def simulate(plan: Plan) -> Timeline:
-    """Walk a plan's schedule with its predicted times. PlanError if the schedule does not fit it.
-
-    An action starts when its group is free and its inputs have arrived: forward needs the forward
-    of the stage before, backward (or its input part) that of the stage after and the stage's own
-    forward. Each half of a split backward takes half of its time.
-    """
-    schedule = plan.schedule if plan.pp > 1 else "1f1b"  # has no meaning for one stage
-    lists = [
-        actions(schedule, plan.pp, plan.num_micro_batches, plan.virtual, group)
-        for group in range(plan.pp)
-    ]
-    return walk(lists, StageTimes.of(plan))
-
-
-def walk(lists: Sequence[Sequence[Action]], times: StageTimes) -> Timeline:
-    """lists: the actions of every group; stage ``chunk * groups + group`` is its chunk's.
-
-    PlanError if the groups wait for each other for ever.
-    """
-    walker = _Walker(lists, times)
-    ready = list(range(len(lists)))
-    while ready:
-        ready += walker.run(ready.pop())
-    rows = [_with_step_once(row, g, times) for g, row in enumerate(walker.rows)]
-    unfinished = [g for g, row in enumerate(walker.rows) if len(row) < len(lists[g])]
-    if unfinished:
-        group = unfinished[0]
-        stuck = lists[group][len(walker.rows[group])]
-        raise PlanError(
-            f"the schedule never ends: group {group} waits for ever to run {stuck.kind} of "
-            f"micro-batch {stuck.micro_batch}; use another schedule"
+def by_stage(plan: Plan, times: StageTimes) -> work_json.Groups:
+    """Every stage as one layer, named by its first, that needs nothing gathered or summed."""
+    stages = plan.stages or (Stage(0, len(plan.layers)),)
+    last = len(stages) - 1
+    unit = UnitOutline("a stage", trainable=False, gathers=False)  # a list needs some parameters
+    outlines, works = [], []
+    for group in range(plan.pp):
+        mine = range(group, len(stages), plan.pp)
+        layers = {stages[s].first: LayerOutline(f"stage {s}", (0,)) for s in mine}
+        chunks = tuple((stages[s].first,) for s in mine)
+        count = plan.num_micro_batches
+        outlines.append(Outline(chunks, layers, (unit,), count, plan.schedule, plan.pp, group))
+        work = {
+            stages[s].first: LayerWork(Phase(times.forward_ms[s]), Phase(times.backward_ms[s]))
+            for s in mine
+        }
+        sends = tuple(
+            SendWork(times.p2p_ms * (s < last), times.p2p_ms * (s > 0)) for s in mine
         )
-    return Timeline(tuple(rows), times.assumed)
-
-
-class _Walker:
-    """Runs each group until it must wait for a result, and wakes it when the result is there."""
-
-    def __init__(self, lists: Sequence[Sequence[Action]], times: StageTimes) -> None:
-        self.lists, self.times = lists, times
-        self.rows: list[list[Span]] = [[] for _ in lists]
-        self.forward: dict[tuple[int, int], float] = {}  # (stage, micro-batch) -> end
-        self.backward: dict[tuple[int, int], float] = {}
-        self.waiting = defaultdict[tuple[str, int, int], list[int]](list)
-        half = tuple(time / 2 for time in times.backward_ms)
-        self.took = {"F": times.forward_ms, "B": times.backward_ms, "I": half, "W": half}
-
-    def run(self, group: int) -> Iterator[int]:
-        """Run a group as far as it goes; gives the groups that may go on after that."""
-        row, todo, pp = self.rows[group], self.lists[group], len(self.lists)
-        now = row[-1].end_ms if row else 0.0
-        woken: list[int] = []
-        for action in todo[len(row) :]:
-            stage, batch = action.chunk * pp + group, action.micro_batch
-            arrival = self._arrival(action.kind, stage, batch, group)
-            if arrival is None:
-                break
-            start = max(now, arrival)
-            now = start + self.took[action.kind][stage]
-            row.append(Span(action.kind, action.chunk, batch, start, now))
-            if action.kind != "W":
-                ends = self.forward if action.kind == "F" else self.backward
-                ends[stage, batch] = now
-                direction = "F" if action.kind == "F" else "B"
-                woken += self.waiting.pop((direction, stage, batch), ())
-        return iter(woken)
-
-    def _arrival(self, kind: str, stage: int, batch: int, group: int) -> float | None:
-        """When the inputs of an action are there; None if not yet known."""
-        if kind == "W":
-            return 0.0  # its own input part ran before, in the same list
-        if kind == "F":
-            neighbour, needed, ends = stage - 1, "F", self.forward
-        else:
-            neighbour, needed, ends = stage + 1, "B", self.backward
-        if not 0 <= neighbour < len(self.times.forward_ms):
-            return self.forward[stage, batch] if kind != "F" else 0.0
-        end = ends.get((neighbour, batch))
-        if end is None:
-            self.waiting[needed, neighbour, batch].append(group)
-            return None
-        return end + self.times.p2p_ms
+        once_ms = times.step_once_ms[group]
+        works.append(Work(work, (UnitWork(),), sends, once_ms))
+    return tuple(outlines), tuple(works)
 
 
 def _p2p_ms(plan: Plan, prediction: Prediction) -> float:
@@ -198,14 +220,6 @@ def _p2p_ms(plan: Plan, prediction: Prediction) -> float:
     if plan.pp == 1:
         return 0.0
     return prediction.causes.get("pipeline_comm_ms", 0.0) / (sends * plan.num_micro_batches)
-
-
-def _with_step_once(row: Sequence[Span], group: int, times: StageTimes) -> tuple[Span, ...]:
-    once = times.step_once_ms[group]
-    if once <= 0 or not row:
-        return tuple(row)
-    end = row[-1].end_ms
-    return (*row, Span("S", 0, -1, end, end + once))
 
 
 def _divided(totals: Sequence[float], weights: Sequence[float]) -> list[float]:

@@ -1,70 +1,136 @@
-"""The pipeline's timeline: a row per group, a box per action, from the simulated schedule."""
+"""The pipeline's timeline: a row of boxes per group, its communication and memory beneath it."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from galvatron_compile.errors import PlanError
 from galvatron_compile.explain import svg
 from galvatron_compile.explain.parts import Key, Section
-from galvatron_compile.plans import Plan
+from galvatron_compile.explain.streams import BENEATH, HEIGHT, Window, beneath
+from galvatron_compile.plans import Plan, Stage
 from galvatron_compile.prediction import Prediction, schedule_name, stage_noun
-from galvatron_compile.quantities import count, duration, percent
-from galvatron_compile.timeline import KINDS, Span, Timeline, simulate
+from galvatron_compile.quantities import count, duration, percent, size
+from galvatron_compile.timeline import NAMES, Span, Timeline, blocks, simulate
 
 TITLE = "The pipeline's timeline"
+COLOURS = {
+    "forward": "action-F",
+    "backward": "action-B",
+    "backward_input": "action-I",
+    "backward_weight": "action-W",
+    "optimizer": "action-S",
+    "step_once": "action-S",
+}
 _LEFT, _GAP, _TOP = 76.0, 34.0, 6.0
 _WHOLE = 150  # actions in a row that are still told apart when all of them are drawn
 _DIGIT = 6.2  # advance of a digit of the boxes' small print
 _MOSTLY = 0.6  # of the step, from which leaving out the rest is not worth it
 _PART = 64  # actions in a row of each part when they are not
 _WITH_TIPS = 3_000
+_FEW = 8  # groups whose communication and memory are drawn too
 
 
-class Window(NamedTuple):
-    """A part of the step, and where on the page it is drawn."""
+class Box(NamedTuple):
+    """What is drawn as one: a stage's work on a micro-batch in one direction."""
 
-    start_ms: float
-    end_ms: float
-    left: float
-    right: float
+    span: Span
+    chunk: int
 
-    def x(self, time_ms: float) -> float:
-        share = (time_ms - self.start_ms) / (self.end_ms - self.start_ms)
-        return self.left + min(max(share, 0.0), 1.0) * (self.right - self.left)
+    @property
+    def colour(self) -> str:
+        return f"{COLOURS[self.span.kind]}{' pale' if self.chunk % 2 else ''}"
+
+
+class Drawing(NamedTuple):
+    """rows: the boxes of every group. step, box: heights of a group's part and of its boxes.
+    detailed: whether communication and memory lie beneath the boxes."""
+
+    timeline: Timeline
+    rows: tuple[tuple[Box, ...], ...]
+    windows: tuple[Window, ...]
+    step: float
+    box: float
+    detailed: bool
+
+    @property
+    def bottom(self) -> float:
+        return _TOP + self.step * len(self.rows)
+
+    def top(self, group: int) -> float:
+        """Of a group's boxes."""
+        room = 0.0 if self.detailed else (self.step - self.box) / 2
+        return _TOP + self.step * group + room
 
 
 def section(plan: Plan, prediction: Prediction) -> Section:
-    if plan.pp == 1:
-        batches = count(plan.num_micro_batches, "micro-batch", "micro-batches")
-        return Section(
-            TITLE, f"There is no pipeline: every rank runs all layers, for {batches} in turn."
-        )
     try:
         timeline = simulate(plan)
     except PlanError as error:
         return Section(TITLE, f"This schedule cannot be drawn: {error}.")
-    windows = _windows(timeline)
-    present = {span.kind for row in timeline.rows for span in row}
-    keys = [Key(f"action-{kind}", name) for kind, name in KINDS.items() if kind in present]
-    notes = []
-    if plan.virtual > 1:
-        notes.append("A group's second, fourth, … stage is drawn paler.")
-    if len(windows) > 1:
-        shown = sum(window.end_ms - window.start_ms for window in windows)
-        notes.append(
-            f"Only the first and the last {_time(timeline, windows[0].end_ms)} are drawn, "
-            f"{percent(shown / timeline.total_ms)} of the step; the middle repeats."
+    if plan.pp == 1 and not timeline.memory:
+        batches = count(plan.num_micro_batches, "micro-batch", "micro-batches")
+        return Section(
+            TITLE, f"There is no pipeline: every rank runs all layers, for {batches} in turn."
         )
+    drawing = _drawing(plan, timeline)
     return Section(
         TITLE,
         _lead(plan, prediction, timeline),
-        _figure(plan, timeline, windows),
-        (*keys, Key("idle", "idle")),
-        notes=tuple(notes),
+        _figure(plan, drawing),
+        tuple(_keys(drawing)),
+        notes=tuple(_notes(plan, drawing)),
     )
+
+
+def _drawing(plan: Plan, timeline: Timeline) -> Drawing:
+    stages = plan.stages or (Stage(0, len(plan.layers)),)
+    chunk_of = [
+        number // plan.pp for number, s in enumerate(stages) for _ in range(s.first, s.last)
+    ]
+    rows = tuple(
+        tuple(Box(span, chunk) for span, chunk in blocks(row, chunk_of)) for row in timeline.rows
+    )
+    num = len(rows)
+    detailed = bool(timeline.memory) and num <= _FEW
+    step = 32.0 if num <= 6 else 22.0 if num <= 16 else 14.0 if num <= 32 else 10.0
+    box = 24.0 if detailed else step - (4 if step > 20 else 2)
+    step = box + HEIGHT + 10.0 if detailed else step
+    windows = tuple(_windows(timeline.total_ms, rows))
+    return Drawing(timeline, rows, windows, step, box, detailed)
+
+
+def _keys(drawing: Drawing) -> Iterator[Key]:
+    present = {box.span.kind for row in drawing.rows for box in row}
+    names = {**NAMES, "backward": "backward, forward again included"}
+    if not any(span.kind == "recompute" for row in drawing.timeline.rows for span in row):
+        names = NAMES
+    yield from (Key(COLOURS[kind], names[kind]) for kind in COLOURS if kind in present)
+    if drawing.detailed:
+        kinds = {span.kind.split("_")[0] for row in drawing.timeline.rows for span in row}
+        yield from (Key(*BENEATH[kind]) for kind in BENEATH if kind in kinds)
+    yield Key("idle", "idle")
+
+
+def _notes(plan: Plan, drawing: Drawing) -> Iterator[str]:
+    timeline, windows = drawing.timeline, drawing.windows
+    if plan.virtual > 1:
+        yield "A group's second, fourth, … stage is drawn paler."
+    if drawing.detailed:
+        peaks = [max(held.num_bytes for held in steps) for steps in timeline.memory]
+        each = ", ".join(size(peak) for peak in peaks)
+        yield (
+            "The thin bars are communication beside the computation above them. The line is the "
+            f"memory that a rank holds, from nothing to {size(max(peaks))}; its peaks are {each}."
+        )
+    if len(windows) > 1:
+        shown = sum(window.end_ms - window.start_ms for window in windows)
+        yield (
+            f"Only the first and the last {_time(timeline, windows[0].end_ms)} are drawn, "
+            f"{percent(shown / timeline.total_ms)} of the step; the middle repeats."
+        )
 
 
 def _time(timeline: Timeline, time_ms: float) -> str:
@@ -75,6 +141,9 @@ def _lead(plan: Plan, prediction: Prediction, timeline: Timeline) -> str:
     batches = count(plan.num_micro_batches, "micro-batch", "micro-batches")
     who = f"{plan.pp} {stage_noun(plan)}s, {batches}, {schedule_name(plan)} schedule"
     idle = f"they idle {percent(timeline.idle_share)} of the time"
+    if plan.pp == 1:
+        who = f"No pipeline: every rank runs all layers, for {batches} in turn"
+        idle = f"nothing is computed {percent(timeline.idle_share)} of the time"
     if timeline.assumed:
         return (
             f"{who}: {idle} if all layers take equally long and backward twice as long as "
@@ -93,90 +162,87 @@ def _lead(plan: Plan, prediction: Prediction, timeline: Timeline) -> str:
     return text
 
 
-def _windows(timeline: Timeline) -> list[Window]:
-    """All of the step, or its first and last part where it has too many actions."""
-    longest = max(len(row) for row in timeline.rows)
-    total = timeline.total_ms
-    turn = min(span.start_ms for row in timeline.rows for span in row if span.kind in "BI")
-    first = next(span.start_ms for span in timeline.rows[0] if span.kind in "BI")
-    part = max(_PART * total / longest, first + 0.3 * turn)  # the ramp up, and some of the middle
-    if longest <= _WHOLE or 2 * part >= _MOSTLY * total:
-        return [Window(0.0, total, _LEFT, svg.WIDTH)]
+def _windows(total_ms: float, rows: Sequence[Sequence[Box]]) -> list[Window]:
+    """All of the step, or its first and last part where it has too many boxes."""
+    longest = max(len(row) for row in rows)
+    turns = [box.span.start_ms for box in rows[0] if COLOURS[box.span.kind][-1] in "BI"]
+    earliest = min(
+        (b.span.start_ms for row in rows for b in row if COLOURS[b.span.kind][-1] in "BI"),
+        default=0.0,
+    )
+    # The ramp up, and some of the middle.
+    part = max(_PART * total_ms / longest, (turns[0] if turns else 0.0) + 0.3 * earliest)
+    if longest <= _WHOLE or 2 * part >= _MOSTLY * total_ms:
+        return [Window(0.0, total_ms, _LEFT, svg.WIDTH)]
     half = (svg.WIDTH - _LEFT - _GAP) / 2
     return [
         Window(0.0, part, _LEFT, _LEFT + half),
-        Window(total - part, total, svg.WIDTH - half, svg.WIDTH),
+        Window(total_ms - part, total_ms, svg.WIDTH - half, svg.WIDTH),
     ]
 
 
-def _figure(plan: Plan, timeline: Timeline, windows: Sequence[Window]) -> str:
-    num = len(timeline.rows)
-    step = 32.0 if num <= 6 else 22.0 if num <= 16 else 14.0 if num <= 32 else 10.0
-    box = step - (4 if step > 20 else 2)
-    bottom = _TOP + step * num
-    drawn = sum(
-        span.end_ms > w.start_ms and span.start_ms < w.end_ms
-        for w in windows for row in timeline.rows for span in row
-    )  # fmt: skip
+def _figure(plan: Plan, drawing: Drawing) -> str:
+    num, step, windows = len(drawing.rows), drawing.step, drawing.windows
+    timeline = drawing.timeline
+    drawn = sum(w.shows(box.span) for w in windows for row in drawing.rows for box in row)
     parts: list[str] = []
     for window in windows:
         for group in range(num):
-            y = _TOP + step * group + (step - box) / 2
-            parts.append(svg.rect(window.left, y, window.right - window.left, box, "idle"))
+            width = window.right - window.left
+            parts.append(svg.rect(window.left, drawing.top(group), width, drawing.box, "idle"))
         draw = _separate if drawn <= _WITH_TIPS else _merged
-        parts += draw(timeline, window, step, box)
-        parts += _axis(timeline, window, bottom)
+        parts += draw(drawing, window)
+        if drawing.detailed:
+            parts += beneath(timeline, window, [drawing.top(g) + drawing.box for g in range(num)])
+        parts += _axis(timeline, window, drawing.bottom)
     if len(windows) > 1:
         middle = (windows[0].right + windows[1].left) / 2
-        parts.append(svg.text(middle, (_TOP + bottom) / 2, "…", "gap", "middle"))
+        parts.append(svg.text(middle, (_TOP + drawing.bottom) / 2, "…", "gap", "middle"))
     every = 1 if step >= 14 else 4
     for group in range(0, num, every):
-        label = f"{stage_noun(plan)} {group}"
-        parts.append(svg.text(_LEFT - 10, _TOP + step * (group + 0.5), label, "label", "end"))
-    return svg.figure(bottom + 26, parts, f"{TITLE}: {num} {stage_noun(plan)}s")
+        label = f"{stage_noun(plan)} {group}" if plan.pp > 1 else "every rank"
+        middle = drawing.top(group) + drawing.box / 2
+        parts.append(svg.text(_LEFT - 10, middle, label, "label", "end"))
+    return svg.figure(drawing.bottom + 26, parts, f"{TITLE}: {num} {stage_noun(plan)}s")
 
 
-def _visible(row: Sequence[Span], window: Window) -> list[tuple[Span, float, float]]:
-    """Spans with their left edge and width, a hairline apart."""
+def _visible(row: Sequence[Box], window: Window) -> list[tuple[Box, float, float]]:
+    """Boxes with their left edge and width, a hairline apart."""
     found = []
-    for span in row:
-        if span.end_ms > window.start_ms and span.start_ms < window.end_ms:
-            left, right = window.x(span.start_ms), window.x(span.end_ms)
-            found.append((span, left, max(right - left - 0.6, 0.3)))
+    for box in row:
+        if window.shows(box.span):
+            left, right = window.x(box.span.start_ms), window.x(box.span.end_ms)
+            found.append((box, left, max(right - left - 0.6, 0.3)))
     return found
 
 
-def _colour(span: Span) -> str:
-    return f"action-{span.kind}{' pale' if span.chunk % 2 else ''}"
-
-
-def _separate(timeline: Timeline, window: Window, step: float, box: float) -> list[str]:
-    last = max(span.micro_batch for row in timeline.rows for span in row)
+def _separate(drawing: Drawing, window: Window) -> list[str]:
+    last = max(box.span.micro_batch for row in drawing.rows for box in row)
     room = len(str(last)) * _DIGIT  # all boxes of a kind have numbers, or none
+    timeline, height = drawing.timeline, drawing.box
     parts = []
-    for group, row in enumerate(timeline.rows):
-        y = _TOP + step * group + (step - box) / 2
-        for span, left, width in _visible(row, window):
-            what = "" if span.kind == "S" else f" of micro-batch {span.micro_batch}"
+    for group, row in enumerate(drawing.rows):
+        y = drawing.top(group)
+        for box, left, width in _visible(row, window):
+            span = box.span
+            what = "" if span.micro_batch < 0 else f" of micro-batch {span.micro_batch}"
             time = _time(timeline, span.end_ms - span.start_ms)
             when = f"{_time(timeline, span.start_ms)} on, for {time}"
             parts.append(
-                svg.rect(left, y, width, box, _colour(span), f"{KINDS[span.kind]}{what}: {when}")
+                svg.rect(left, y, width, height, box.colour, f"{NAMES[span.kind]}{what}: {when}")
             )
-            label = str(span.micro_batch)
-            if span.kind != "S" and box >= 12 and room <= width:
-                parts.append(
-                    svg.text(left + width / 2, y + box / 2, label, f"on-{_colour(span)}", "middle")
-                )
+            if span.micro_batch >= 0 and height >= 12 and room <= width:
+                place = left + width / 2, y + height / 2
+                label = str(span.micro_batch)
+                parts.append(svg.text(*place, label, f"on-{box.colour}", "middle"))
     return parts
 
 
-def _merged(timeline: Timeline, window: Window, step: float, box: float) -> list[str]:
+def _merged(drawing: Drawing, window: Window) -> list[str]:
     boxes = defaultdict[str, list[tuple[float, float, float, float]]](list)
-    for group, row in enumerate(timeline.rows):
-        y = _TOP + step * group + (step - box) / 2
-        for span, left, width in _visible(row, window):
-            boxes[_colour(span)].append((left, y, width, box))
+    for group, row in enumerate(drawing.rows):
+        for box, left, width in _visible(row, window):
+            boxes[box.colour].append((left, drawing.top(group), width, drawing.box))
     return [svg.rects(found, colour) for colour, found in boxes.items()]
 
 

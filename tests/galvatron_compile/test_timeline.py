@@ -1,4 +1,4 @@
-"""The simulated timeline: closed forms, dependencies, and where its times come from."""
+"""The timeline of a plan alone: closed forms, dependencies, and where its times come from."""
 
 from __future__ import annotations
 
@@ -10,11 +10,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from galvatron_compile import simulator, work_json
 from galvatron_compile.errors import PlanError
-from galvatron_compile.schedules import Action, actions, why_not
-from galvatron_compile.timeline import Span, StageTimes, Timeline, simulate, walk
+from galvatron_compile.passes.order import order
+from galvatron_compile.schedules import why_not
+from galvatron_compile.timeline import Span, StageTimes, Timeline, blocks, by_stage, simulate
 
 FORWARD, BACKWARD = 2.0, 4.0
+
+
+def walk(schedule: str, pp: int, m: int, virtual: int, times: StageTimes) -> Timeline:
+    """One layer a stage."""
+    number = pp * virtual
+    plan = example_plans.bare(
+        max(0, number - 2), pp, m, schedule=schedule, virtual=virtual, mixed=False
+    )
+    outlines, works = by_stage(plan, times)
+    return simulator.simulate(outlines, [order(each) for each in outlines], works).timeline
 
 
 def run(schedule: str, pp: int, m: int, virtual: int = 1, p2p_ms: float = 0.0) -> Timeline:
@@ -23,7 +35,7 @@ def run(schedule: str, pp: int, m: int, virtual: int = 1, p2p_ms: float = 0.0) -
     times = StageTimes(
         (FORWARD / virtual,) * number, (BACKWARD / virtual,) * number, (0.0,) * pp, p2p_ms
     )
-    return walk([actions(schedule, pp, m, virtual, group) for group in range(pp)], times)
+    return walk(schedule, pp, m, virtual, times)
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
@@ -48,7 +60,8 @@ def test_split_backwards_fill_the_bubble() -> None:
 
 def test_p2p_delays_the_neighbour() -> None:
     alone, late = run("1f1b", 2, 2), run("1f1b", 2, 2, p2p_ms=0.5)
-    assert late.rows[1][0].start_ms == alone.rows[1][0].start_ms + 0.5
+    first, moved = (found.row(1, "compute")[0].start_ms for found in (alone, late))
+    assert moved == first + 0.5
     assert late.total_ms > alone.total_ms
 
 
@@ -74,39 +87,34 @@ def test_everything_runs_once_and_waits_for_what_it_needs(
 ) -> None:
     schedule, m, virtual, times = case
     pp = len(times.step_once_ms)
-    timeline = walk([actions(schedule, pp, m, virtual, group) for group in range(pp)], times)
+    timeline = walk(schedule, pp, m, virtual, times)
     found: dict[tuple[str, int, int], Span] = {}
-    for group, row in enumerate(timeline.rows):
+    for group in range(pp):
+        row = timeline.row(group, "compute")
         assert all(a.end_ms <= b.start_ms for a, b in pairwise(row))
-        assert [s.kind for s in row].count("S") == (times.step_once_ms[group] > 0)
+        assert [s.kind for s in row].count("optimizer") == (times.step_once_ms[group] > 0)
         for span in row:
-            key = (span.kind, span.chunk * pp + group, span.micro_batch)
-            assert key not in found or span.kind == "S"
+            key = (span.kind, span.index, span.micro_batch)  # one layer a stage
+            assert key not in found or span.kind == "optimizer"
             found[key] = span
     stages = range(pp * virtual)
     for stage in stages:
         for batch in range(m):
-            forward = found["F", stage, batch]
-            whole = found.get(("B", stage, batch))
-            backward = whole or found["I", stage, batch]
+            forward = found["forward", stage, batch]
+            whole = found.get(("backward", stage, batch))
+            backward = whole or found["backward_input", stage, batch]
             assert backward.start_ms >= forward.end_ms
             if whole is None:
-                weights = found["W", stage, batch]
+                weights = found["backward_weight", stage, batch]
                 assert weights.start_ms >= backward.end_ms
             if stage > 0:
-                assert forward.start_ms >= found["F", stage - 1, batch].end_ms + times.p2p_ms
+                assert forward.start_ms >= found["forward", stage - 1, batch].end_ms + times.p2p_ms
             if stage + 1 in stages:
-                after = found.get(("B", stage + 1, batch)) or found["I", stage + 1, batch]
+                after = found.get(("backward", stage + 1, batch))
+                after = after or found["backward_input", stage + 1, batch]
                 assert backward.start_ms >= after.end_ms + times.p2p_ms
     busy = m * (sum(times.forward_ms) + sum(times.backward_ms)) + sum(times.step_once_ms)
     assert timeline.idle_share == pytest.approx(1 - busy / (pp * timeline.total_ms))
-
-
-def test_groups_that_wait_for_each_other_are_refused() -> None:
-    lists = [[Action("B", 0, 0), Action("F", 0, 0)], [Action("F", 0, 0), Action("B", 0, 0)]]
-    times = StageTimes((1.0, 1.0), (1.0, 1.0), (0.0, 0.0))
-    with pytest.raises(PlanError, match="group 0 waits for ever to run B of micro-batch 0"):
-        walk(lists, times)
 
 
 def test_a_plan_that_its_schedule_cannot_run_is_refused() -> None:
@@ -159,5 +167,35 @@ def test_transfers_share_the_pipeline_communication() -> None:
 
 def test_a_large_pipeline_runs_to_its_end() -> None:
     timeline = simulate(example_plans.planned(126, 64, 512))
-    assert {len(row) for row in timeline.rows} == {2 * 512 + 1}
+    lengths = {len(timeline.row(group, "compute")) for group in range(64)}
+    assert lengths == {2 * 512 + 1}
     assert 0.1 < timeline.idle_share < 0.5
+
+
+def test_work_that_no_longer_fits_an_edited_plan_counts_as_nothing() -> None:
+    plan = example_plans.planned(30, 4, 8)
+    outlines, works = by_stage(plan, StageTimes.of(plan))
+    # Made for one layer a stage, while the plan has eight: the stages' own times are taken.
+    kept = replace(plan, predicted={**plan.predicted, "work": work_json.dump(outlines, works)})
+    assert work_json.of_plan(kept) is None
+    assert simulate(kept) == simulate(plan)
+
+
+def test_boxes_join_what_goes_on_at_once_and_nothing_else() -> None:
+    def span(kind: str, index: int, batch: int, start: float, end: float) -> Span:
+        return Span(kind, index, batch, "compute", start, end)
+
+    row = [
+        span("forward", 0, 0, 0, 1), span("forward", 1, 0, 1, 2),
+        Span("gather", 0, -1, "communication", 0, 2),
+        span("forward", 2, 0, 2, 3),  # another stage of the group
+        span("recompute", 1, 0, 4, 5), span("backward_input", 1, 0, 5, 6),
+        span("backward_input", 0, 0, 6, 7), span("backward_weight", 1, 0, 7, 8),
+        span("backward_weight", 0, 0, 9, 10),  # it had to wait
+        span("optimizer", -1, -1, 10, 11),
+    ]  # fmt: skip
+    found = [(s.kind, chunk, s.start_ms, s.end_ms) for s, chunk in blocks(row, (0, 0, 1))]
+    assert found == [
+        ("forward", 0, 0, 2), ("forward", 1, 2, 3), ("backward_input", 0, 4, 7),
+        ("backward_weight", 0, 7, 8), ("backward_weight", 0, 9, 10), ("optimizer", 0, 10, 11),
+    ]  # fmt: skip
