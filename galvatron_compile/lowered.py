@@ -26,6 +26,7 @@ class LoweredProgram:
     training: tuple[Action, ...]
     evaluation: tuple[Action, ...]
     loss_dtype: torch.dtype
+    remarks: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         actions = format_actions(self.outline, self.training)

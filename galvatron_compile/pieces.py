@@ -53,6 +53,7 @@ class Piece(Protocol):
     """How a piece runs. ``kept`` is what its forward keeps for its backward, of any kind."""
 
     graph: PieceGraph
+    weights_for_weights: bool  # backward_weight reads parameters
 
     def forward(
         self, values: Sequence[Tensor], parameters: Sequence[Tensor], seed: int
@@ -91,6 +92,8 @@ class _Tape:
 
 class EagerPiece:
     """The rewritten graph under eager autograd: a piece's meaning, and the oracle of others."""
+
+    weights_for_weights = True  # autograd goes through the whole layer again
 
     def __init__(self, graph: PieceGraph) -> None:
         self.graph = graph

@@ -140,3 +140,42 @@ def mesh_without_groups(device_type: str, ranks: torch.Tensor, names: tuple[str,
     if tuple(mesh.mesh.shape) != tuple(ranks.shape) or mesh.get_coordinate() is None:
         raise RuntimeError("DeviceMesh no longer takes _init_backend=False; update this function")
     return mesh
+
+
+# --- tracing of layers: recorded operators (checked on torch 2.11 and 2.13) ---
+
+
+def new_fake_mode() -> Any:
+    """A mode in which tensors have shapes and no memory."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode()
+
+
+@contextlib.contextmanager
+def fake_mode(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
+    """The mode that these fake tensors were made in; tensors made inside belong to it too."""
+    mode = torch._guards.detect_fake_mode(list(tensors))
+    if mode is None:
+        yield
+        return
+    with mode, enable_python_dispatcher():
+        yield
+
+
+def record(function: Any, *arguments: Any) -> fx.GraphModule:
+    """Every ATen operator that ``function`` runs on fake tensors, autograd's included."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    with torch.autograd.set_multithreading_enabled(False):
+        module = make_fx(function, tracing_mode="real")(*arguments)
+    assert isinstance(module, fx.GraphModule)
+    return module
+
+
+def recorded_graph() -> fx.Graph | None:
+    """The graph that is being recorded at this moment, if any."""
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    mode = get_proxy_mode()
+    return None if mode is None else mode.tracer.graph

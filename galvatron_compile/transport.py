@@ -3,7 +3,8 @@
 A sharded dim of size d is seen as ``(outer, n, d / outer / n)``; rank r holds block r of every
 outer piece. Every function returns new contiguous memory (a slice must not keep the whole tensor
 alive) and leaves its input alone. On a dry axis nothing moves and shapes are right; fake and meta
-tensors may flow through. Axes of one rank never come here.
+tensors may flow through. On a traced axis an operator is recorded. Axes of one rank never come
+here.
 
 Backends must implement the collectives themselves: gloo (2.11 to 2.13) and NCCL do, for float64,
 float32, bfloat16, float16 and integers; what a backend refuses is raised, never replaced by a
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from galvatron_compile import axis_operators  # noqa: F401 - defines OPS
 from galvatron_compile.errors import ShapeError
 from galvatron_compile.mesh import Axis
 
@@ -27,6 +29,7 @@ from galvatron_compile.mesh import Axis
 _gather: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
+OPS: Any = torch.ops.galvatron  # defined by axis_operators
 SUM = dist.ReduceOp.SUM
 MAX = dist.ReduceOp.MAX
 
@@ -41,6 +44,8 @@ def divide(x: Tensor, axis: Axis) -> Tensor:
 
 def all_reduce(x: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = SUM) -> Tensor:
     """Sum (or ``op``) over the axis of tensors of one shape; the same bits on every rank."""
+    if axis.traced:
+        return OPS.all_reduce(x, "max" if op == MAX else "sum", axis.size, axis.name)
     out = x.clone(memory_format=torch.contiguous_format)
     if not axis.dry:
         dist.all_reduce(out, op, group=_group(axis))
@@ -49,6 +54,8 @@ def all_reduce(x: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = SUM) -> Tens
 
 def all_gather(x: Tensor, dim: int, outer: int, axis: Axis) -> Tensor:
     """(…, d / n, …) on every rank to (…, d, …)."""
+    if axis.traced:
+        return OPS.all_gather(x, dim, outer, axis.size, axis.name)
     n = axis.size
     if axis.dry:
         return _join(x.unsqueeze(0).expand(n, *x.shape), dim, outer)
@@ -60,6 +67,8 @@ def all_gather(x: Tensor, dim: int, outer: int, axis: Axis) -> Tensor:
 
 def reduce_scatter(x: Tensor, dim: int, outer: int, axis: Axis) -> Tensor:
     """Sum over the axis of (…, d, …), of which this rank keeps its (…, d / n, …)."""
+    if axis.traced:
+        return OPS.reduce_scatter(x, dim, outer, axis.size, axis.name)
     if axis.dry:
         return shard(x, dim, outer, axis)
     send = _split(x, dim, outer, axis.size).contiguous()
@@ -89,6 +98,8 @@ def all_to_all(
     x: Tensor, dim_from: int, outer_from: int, dim_to: int, outer_to: int, axis: Axis
 ) -> Tensor:
     """From sharded on ``dim_from`` to sharded on ``dim_to``, each with its outer."""
+    if axis.traced:
+        return OPS.all_to_all(x, dim_from, outer_from, dim_to, outer_to, axis.size, axis.name)
     if dim_from == dim_to:
         return _reorder(x, dim_from, outer_from, outer_to, axis)
     send = _split(x, dim_to, outer_to, axis.size).contiguous()

@@ -10,7 +10,7 @@ from torch import fx
 
 from galvatron_compile.actions import LayerOutline, Outline, UnitOutline
 from galvatron_compile.graph import noted
-from galvatron_compile.pieces import PieceGraph
+from galvatron_compile.pieces import Piece, PieceGraph
 from galvatron_compile.program import StageGraph, StageProgram
 from galvatron_compile.seeds import layer_seed
 
@@ -56,7 +56,7 @@ def _with_drops(made: Sequence[PieceGraph], stage: StageGraph) -> tuple[PieceGra
     )
 
 
-def outline(program: StageProgram, found: Mapping[int, PieceGraph]) -> Outline:
+def outline(program: StageProgram, found: Mapping[int, Piece]) -> Outline:
     """What the order of a rank's actions depends on. found: the pieces by layer."""
     units = [
         UnitOutline(
@@ -72,10 +72,11 @@ def outline(program: StageProgram, found: Mapping[int, PieceGraph]) -> Outline:
     ]
     layers = {
         layer: LayerOutline(
-            piece.name,
-            piece.units,
-            recompute=piece.recompute,
-            differentiable=piece.trains,
+            piece.graph.name,
+            piece.graph.units,
+            recompute=piece.graph.recompute,
+            differentiable=piece.graph.trains,
+            weights_for_weights=piece.weights_for_weights,
         )
         for layer, piece in found.items()
     }
