@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -74,3 +74,75 @@ def listed(names: Iterable[str], most: int = 8) -> str:
     ordered = sorted(names)
     shown = ", ".join(ordered[:most])
     return shown if len(ordered) <= most else f"{shown} and {len(ordered) - most} more"
+
+
+def one_name_each(names: Iterable[str], tied: Mapping[str, str]) -> list[str]:
+    """One of ``names`` for every tensor; of tied ones the first name (``tied``: second -> first).
+
+    Without its first name a tensor goes by the first of the others.
+    """
+    chosen: dict[str, str] = {}
+    for name in names:
+        kept = tied.get(name, name)
+        if kept not in chosen or name == kept:
+            chosen[kept] = name
+    return list(chosen.values())
+
+
+def untied(
+    names: Collection[str], fetch: Callable[[str], torch.Tensor], tied: Mapping[str, str]
+) -> str:
+    """Which tied tensors are given twice and differ; empty if none do."""
+    for alias, kept in tied.items():
+        if alias in names and kept in names and not torch.equal(fetch(alias), fetch(kept)):
+            return f"{alias} and {kept} are tied but differ in the state dict"
+    return ""
+
+
+def misfits(
+    shapes: Mapping[str, tuple[int, ...]],
+    wanted: Collection[str],
+    known: Mapping[str, tuple[int, ...]],
+    tied: Mapping[str, str],
+) -> list[str]:
+    """Why a state with these names and shapes does not fit a model; empty if it does.
+
+    wanted: must be there, under any of their names (``tied``: second name -> first). known: the
+    shapes of all that may be there.
+    """
+    given = {tied.get(name, name) for name in shapes}
+    allowed = {tied.get(name, name) for name in known}
+    lacking, unexpected = set(wanted) - given, given - allowed
+    found = []
+    if lacking:
+        found.append(f"missing: {listed(lacking)}")
+    if unexpected:
+        found.append(f"unexpected: {listed(unexpected)}")
+    for name in sorted(shapes.keys() & known.keys()):
+        if tuple(shapes[name]) != known[name]:
+            given_shape = list(shapes[name])
+            found.append(f"{name} has shape {given_shape}, the model's is {list(known[name])}")
+    return found
+
+
+def without_values(
+    parameters: Collection[str], tensors: Collection[str], optional: Collection[str]
+) -> str:
+    """Why training cannot begin: ``parameters`` and ``tensors`` were made on meta, not loaded."""
+    lacking = {*parameters, *tensors}
+    what = "tensor" if tensors else "parameter"
+    text = (
+        f"{len(lacking)} {what}{'s have' if len(lacking) > 1 else ' has'} no values yet "
+        f"({listed(lacking, 3)}): the model was made on the meta device. Call "
+        "load_full_state_dict, or fill state_dict() with torch.distributed.checkpoint and call "
+        "load_state_dict"
+    )
+    if absent := set(tensors) & set(optional):
+        text += (
+            f". The model's own state dict leaves out {listed(absent, 3)}, so no checkpoint "
+            "holds it: give it by name beside the rest, load_full_state_dict({**state, "
+            f"{min(absent)!r}: …}}), or make the model with its buffers on the CPU and only "
+            "its parameters on meta (for a Hugging Face model: accelerate's "
+            "init_empty_weights(include_buffers=False))"
+        )
+    return text

@@ -31,6 +31,10 @@ class InfeasibleError(GalvatronError):
     """No plan fits the memory limit; the message says the smallest limit that one would fit."""
 
 
+class CheckpointError(GalvatronError):
+    """A checkpoint cannot be written, or is damaged, incomplete, or another model's."""
+
+
 class UnsupportedError(GalvatronError):
     """The request is legal, but this version does not execute it yet."""
 

@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -179,3 +180,16 @@ def recorded_graph() -> fx.Graph | None:
 
     mode = get_proxy_mode()
     return None if mode is None else mode.tracer.graph
+
+
+def group_timeout() -> timedelta | None:
+    """How long collectives of the default process group wait for a rank; None if not told.
+
+    ``new_group`` does not take it over: it waits 30 minutes by default (checked on 2.13).
+    """
+    group: Any = torch.distributed.group.WORLD
+    for device in group._device_types if group is not None else ():
+        timeout = getattr(group._get_backend(device).options, "_timeout", None)
+        if isinstance(timeout, timedelta):
+            return timeout
+    return None
