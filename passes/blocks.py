@@ -13,15 +13,21 @@ _SEQUENTIAL = "torch.nn.modules.container.Sequential"
 
 
 def find_blocks(nodes: Sequence[fx.Node], heavy: frozenset[fx.Node]) -> dict[fx.Node, str]:
-    """The block that each node is in: members of the outermost containers that repeat."""
-    for accepts in (_list_like, _siblings):
+    """The block that each node is in: members of the outermost containers that repeat.
+
+    Of a list every member is a block. Of modules that only share a parent those are that use
+    parameters at least twice, which leaves an embedding or a head to what lies around the blocks.
+    """
+    for accepts, least in ((_list_like, 1), (_siblings, 2)):
         groups = sorted(_groups(nodes, accepts), key=lambda group: group.depth)
         blocks: dict[fx.Node, str] = {}
         for group in groups:
-            inside = [n for member in group.members.values() for n in member]
-            least = 2 if accepts is _siblings else 1
-            if _repeats(group, heavy, least) and not any(n in blocks for n in inside):
-                blocks |= {n: path for path, member in group.members.items() for n in member}
+            members = group.members
+            if accepts is _siblings:
+                members = {p: m for p, m in members.items() if _uses(m, heavy) >= least}
+            inside = {n: path for path, member in members.items() for n in member}
+            if _repeats(group, heavy, least) and blocks.keys().isdisjoint(inside):
+                blocks |= inside
         if blocks:
             return blocks
     return {}
@@ -36,7 +42,14 @@ class _Group:
 
 
 def _stack(node: fx.Node) -> list[tuple[str, str]]:
-    return [(path, str(kind)) for path, kind in node.meta.get("nn_module_stack", {}).values()]
+    """The modules around a node, outermost first: path and class.
+
+    The loss module that capture puts around the model has the model's own path. Only the inner
+    one counts, or the whole model would be one of its own parts.
+    """
+    stack = [(path, str(kind)) for path, kind in node.meta.get("nn_module_stack", {}).values()]
+    inner = [path for path, _ in stack[1:]]
+    return [own for own, path in itertools.zip_longest(stack, inner) if own[0] != path]
 
 
 def _list_like(parent: tuple[str, str], container: str) -> bool:
@@ -64,13 +77,17 @@ def _groups(
 
 def _repeats(group: _Group, heavy: frozenset[fx.Node], least: int) -> bool:
     """Members that use parameters (``least`` times) are alike, and each feeds the next."""
-    members = [m for m in group.members.values() if sum(n in heavy for n in m) >= least]
+    members = [m for m in group.members.values() if _uses(m, heavy) >= least]
     if len(members) < 2:
         return False
     kinds = Counter(tuple(sorted(str(n.target) for n in member)) for member in members)
     similar = any(_similarity(a, b) > 0.5 for a, b in itertools.pairwise(members))
     chained = all(_reaches(a, b) for a, b in itertools.pairwise(members))
     return chained and (similar or max(kinds.values()) > 1)
+
+
+def _uses(member: Sequence[fx.Node], heavy: frozenset[fx.Node]) -> int:
+    return sum(node in heavy for node in member)
 
 
 def _similarity(a: Sequence[fx.Node], b: Sequence[fx.Node]) -> float:

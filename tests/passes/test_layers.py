@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
-from galvatron_compile.graph import Graph, LayeredGraph, note
+from galvatron_compile.graph import Graph, LayeredGraph, note, noted
 from galvatron_compile.interpret import run_graph, run_layers
+from galvatron_compile.passes.batch import batch as split_over_samples
 from galvatron_compile.passes.capture import capture
 from galvatron_compile.passes.layers import find_layers
 from galvatron_compile.placement import S
@@ -94,6 +96,35 @@ def test_every_node_is_in_one_layer_and_layers_depend_on_earlier_ones_only() -> 
     assert layered.loss in known
 
 
+def test_what_t5s_layers_pass_on_is_noted_as_what_it_is() -> None:
+    """The encoder's result and both position biases carry gradients to several layers; masks do
+    not, and nothing of a mask depends on a parameter.
+    """
+    model, batches = models.transformers_model("t5")
+    layered = find_layers(split_over_samples(capture(model, batches(4))))
+    nodes = {node.name: node for node in layered.graph.module.graph.nodes}
+    trained: set[fx.Node] = set()
+    for node in nodes.values():
+        if node.target in layered.graph.parameters or trained & set(node.all_input_nodes):
+            trained.add(node)
+    passed = [(layer.name, nodes[name]) for layer in layered.layers for name in layer.outputs]
+    for made_in, node in passed:
+        assert noted(node, "differentiable") == (node in trained), (made_in, node)
+    num_readers = Counter(name for layer in layered.layers for name in layer.inputs)
+    kept = [(made_in, node) for made_in, node in passed if num_readers[node.name] > 1]
+    assert [
+        (made_in, tuple(node.meta["val"].shape[1:]), noted(node, "data"))
+        for made_in, node in kept
+        if noted(node, "differentiable")
+    ] == [
+        ("encoder.block.0", (4, 8, 8), "V"),  # two encoder blocks behind the first read it
+        ("bridge", (8, 16), "S(0)"),
+        ("decoder.block.0", (4, 8, 8), "V"),
+    ]
+    shapes = [tuple(n.meta["val"].shape[1:]) for _, n in kept if not noted(n, "differentiable")]
+    assert shapes == [(1, 8, 8), (1, 8, 8), (1, 8, 8), (4, 8, 8)]  # masks; a bias that is zero
+
+
 def test_no_batch_size_crosses_a_cut() -> None:
     _, layered = odd_gpt()
     for layer_class in layered.classes:
@@ -130,6 +161,38 @@ def test_a_sequential_model_is_cut_at_its_members() -> None:
     )
     assert [layer.class_index for layer in layered.layers] == [0, 0, 1, 2]
     reference = models.eager(model, nn.functional.cross_entropy(model(batch[0]), batch[1]))
+    models.assert_equal_to(reference, model, run_layers(layered, batch))
+
+
+class Tower(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(torch.relu(self.up(x)))
+
+
+class Towers(nn.Module):
+    """Two parts in no list, with work of the model's own in front, between and behind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reader, self.writer, self.out = Tower(), Tower(), nn.Linear(8, 3)
+        self.scale = nn.Parameter(torch.randn(8))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        h = self.reader((x * self.scale).tanh())
+        h = self.writer(h.roll(1, 1) * 2.0)
+        return nn.functional.cross_entropy(self.out(h), y)
+
+
+def test_parts_in_no_list_are_layers_and_the_loss_stays_with_the_head() -> None:
+    model = Towers()
+    batch = (torch.randn(4, 8), torch.randint(0, 3, (4,)))
+    layered = find_layers(capture(model, batch))
+    assert [layer.name for layer in layered.layers] == ["embedding", "reader", "writer", "head"]
+    reference = models.eager(model, model(*batch))
     models.assert_equal_to(reference, model, run_layers(layered, batch))
 
 
