@@ -14,7 +14,7 @@ from galvatron_compile.job import Job
 from galvatron_compile.mesh import Mesh
 from galvatron_compile.notation import parse
 from galvatron_compile.parallel_model import ParallelModel
-from galvatron_compile.passes.lower import lower
+from galvatron_compile.passes.lower import Traced, lower
 from galvatron_compile.passes.rewrite import make_mesh
 from galvatron_compile.passes.sharding.table import shard
 from galvatron_compile.precision import Precision
@@ -45,22 +45,26 @@ def compare(
     parsed = {text: parse(text, names, job.world_size, BATCH, model=model) for text in plans}
     # The form of a class depends on its own degree alone, so all plans can share the table.
     shardings = shard(layered, {s for plan in parsed.values() for s in plan.strategies})
-    outcomes = {}
+    outcomes, traced = {}, Traced()
     for text, plan in parsed.items():
         restore(case.model, initial)
         job = Job.current(case.model)
         mesh = make_mesh(layered, plan, job.world_size, job.rank)
-        parallel = assemble(layered, plan, shardings, mesh, job)
+        parallel = assemble(layered, plan, shardings, mesh, job, traced)
         outcomes[text] = one(parallel, case, expected, 3 if text in train else 1)
     return {text: asdict(outcome) for text, outcome in outcomes.items()}
 
 
-def assemble(layered: Any, plan: Any, shardings: Any, mesh: Mesh, job: Job) -> ParallelModel:
+def assemble(
+    layered: Any, plan: Any, shardings: Any, mesh: Mesh, job: Job, traced: Traced
+) -> ParallelModel:
     from galvatron_compile.compiler import Decision
 
     setting = Setting(job, None, Precision(), None, False)  # type: ignore[arg-type]
     program = build(layered, Decision(plan, shardings, None), mesh, setting)
-    return ParallelModel(lower(program), Precision())
+    lowered = lower(program, traced=traced)
+    assert not lowered.remarks, lowered.remarks  # every layer is traced
+    return ParallelModel(lowered, Precision())
 
 
 def reference(case: Case) -> Mapping[str, Any]:
