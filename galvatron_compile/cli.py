@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from galvatron_compile.commands.compare import compare
+from galvatron_compile.commands.emulate import emulate
 from galvatron_compile.commands.explain import explain
 from galvatron_compile.commands.plan import plan
 from galvatron_compile.commands.price import price
@@ -14,6 +15,7 @@ from galvatron_compile.commands.validate import validate
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 for command in (plan, price, explain, compare, profile, validate):
     app.command()(command)
+app.command(context_settings={"allow_interspersed_args": False})(emulate)  # options of the script
 
 
 @app.callback()
