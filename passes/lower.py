@@ -63,10 +63,14 @@ class _Lowering:
         self.axes: Mapping[str, Axis] = mesh.axes
 
     def stage(self, stage: StageGraph) -> None:
+        graphs = pieces(self.program, stage)
+        if self.eager:
+            self.pieces |= {graph.layer: EagerPiece(graph) for graph in graphs}
+            return
         values = self._inputs(stage)
-        for graph in pieces(self.program, stage):
+        for graph in graphs:
             arguments = self._arguments(graph, values)
-            if self.eager or not graph.trains:
+            if not graph.trains:
                 self.pieces[graph.layer] = EagerPiece(graph)
                 outputs = shapes(graph, arguments)
             else:

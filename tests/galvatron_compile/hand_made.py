@@ -6,7 +6,7 @@ gets a gradient; 6 rows over 4 data ranks leave one rank without any.
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import operator
 from typing import Any
 
 import torch
@@ -14,15 +14,18 @@ import torch.distributed as dist
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from galvatron_compile.graph import InputSpec
+from galvatron_compile.graph import InputSpec, note
 from galvatron_compile.layout import ParameterLayout
 from galvatron_compile.mesh import Axis, Mesh
 from galvatron_compile.parallel_model import ParallelModel
+from galvatron_compile.passes.lower import lower
 from galvatron_compile.placement import Placement, R, S, V
 from galvatron_compile.plans import Plan
 from galvatron_compile.precision import Precision
+from galvatron_compile.program import StageGraph, StageProgram
+from galvatron_compile.seeds import layer_seed
 from galvatron_compile.strategy import Strategy
-from galvatron_compile.units import BackwardFence, ParameterUnit, Recompute
+from galvatron_compile.units import ParameterUnit
 
 WIDTH, HIDDEN, BATCH = 6, 8, 24
 PLACEMENTS: dict[str, Placement] = {
@@ -182,14 +185,13 @@ def parallel(
                 shared=names == ["tied"],
             )
         )
-    module = _module(units, mesh, recompute, wanted.cast(net.get_buffer("shift")))
+    module = _module(units, mesh, wanted.cast(net.get_buffer("shift")))
     counting = fx.Graph()
     leaves = [counting.placeholder(name) for name in ("x", "target", "weight")]
     counting.output((counting.call_method("sum", (leaves[2],)),))
     example = batch()
-    program = SimpleNamespace(
-        module=module,
-        evaluation=module,
+    program = StageProgram(
+        stages=(StageGraph(0, (0, 1, 2), module, module),),
         plan=plan,
         mesh=mesh,
         units=tuple(units),
@@ -201,56 +203,50 @@ def parallel(
             shapes=tuple(tuple(value.shape) for value in example.values()),
             dtypes=(torch.float64,) * 3,
         ),
-        buffers={"shift": module.shift},
+        layouts={layout.name: (0, layout) for unit in units for layout in unit.layouts},
+        buffers={"shift": module.buffer_shift},
         tied={"also": "tied"},
-        unloaded=frozenset(),
+        loss_dtype=wanted.compute_of(torch.float64),
     )
-    return ParallelModel(program, wanted)  # type: ignore[arg-type]
+    return ParallelModel(lower(program, eager=True), wanted)
 
 
-def _module(
-    units: list[ParameterUnit], mesh: Mesh, recompute: bool, shift: torch.Tensor
-) -> fx.GraphModule:
+def _module(units: list[ParameterUnit], mesh: Mesh, shift: torch.Tensor) -> fx.GraphModule:
     root = torch.nn.Module()
     root.units = torch.nn.ModuleList(units)
-    tensor = mesh.tensor(_tp(mesh))
-    layers: list[torch.nn.Module] = [First(), Block(tensor), Last()]
-    root.layers = torch.nn.ModuleList([Recompute(m) if recompute else m for m in layers])
-    own = [units[0], units[2], units[3]]
-    root.fences = torch.nn.ModuleList([BackwardFence([u]) for u in own])
-    root.register_buffer("shift", shift)
+    root.layers = torch.nn.ModuleList([First(), Block(mesh.tensor(_tp(mesh))), Last()])
+    root.register_buffer("buffer_shift", shift)
     graph = fx.Graph(root)
     x, target, weight, count, seed = map(
         graph.placeholder, ("x", "target", "weight", "denominator_0", "seed")
     )
 
     def item(value: fx.Node, index: int) -> fx.Node:
-        return graph.call_function(_item, (value, index))
+        return graph.call_function(operator.getitem, (value, index))
 
-    def layer(index: int, unit: int, outputs: int, *args: Any) -> list[fx.Node]:
-        called = graph.call_module(f"layers.{index}", (*args, seed))
-        values = tuple(item(called, k) for k in range(outputs))
-        fenced = graph.call_module(f"fences.{index}", values)
-        return [item(fenced, k) for k in range(outputs)]
+    def layer(index: int, flags: list[bool], *args: Any) -> list[fx.Node]:
+        mine = graph.call_function(layer_seed, (seed, index, 0))
+        called = graph.call_module(f"layers.{index}", (*args, mine))
+        outputs = [item(called, k) for k in range(len(flags))]
+        for output, flag in zip(outputs, flags, strict=True):
+            note(output, differentiable=flag)
+        return outputs
 
-    tied = item(graph.call_module("units.1"), 0)
-    (h,) = layer(0, 0, 1, x, item(graph.call_module("units.0"), 0), tied)
-    block = graph.call_module("units.2")
-    inner = [item(block, k) for k in range(len(units[2].layouts))]
-    h, picked = layer(1, 2, 2, h, *inner, graph.get_attr("shift"))
-    tied = item(graph.call_module("units.1"), 0)
-    out = item(graph.call_module("units.3"), 0)
-    (loss,) = layer(2, 3, 1, h, picked, target, weight, count, out, tied)
+    def parameters(unit: int) -> list[fx.Node]:
+        called = graph.call_module(f"units.{unit}")
+        return [item(called, k) for k in range(len(units[unit].layouts))]
+
+    (h,) = layer(0, [True], x, *parameters(0), *parameters(1))
+    shifted = graph.get_attr("buffer_shift")
+    h, picked = layer(1, [True, False], h, *parameters(2), shifted)
+    rest = (*parameters(3), *parameters(1))
+    (loss,) = layer(2, [True], h, picked, target, weight, count, *rest)
     graph.output((loss,))
     return fx.GraphModule(root, graph)
 
 
 def _tp(mesh: Mesh) -> int:
     return next(axis.size for name, axis in mesh.axes.items() if name.startswith("tp"))
-
-
-def _item(values: Any, index: int) -> Any:
-    return values[index]
 
 
 def reference(

@@ -14,8 +14,7 @@ from galvatron_compile import notation
 from galvatron_compile.compiler import understand
 from galvatron_compile.graph import LayeredGraph
 from galvatron_compile.interpret import run_graph
-from galvatron_compile.mesh import Mesh
-from galvatron_compile.passes.rewrite import mesh_degrees, rewrite
+from galvatron_compile.passes.rewrite import make_mesh, mesh_degrees, rewrite
 from galvatron_compile.passes.sharding.table import shard
 from galvatron_compile.plans import Plan
 from galvatron_compile.precision import Precision
@@ -72,7 +71,7 @@ def program_of(
 ) -> StageProgram:
     """The program of a rank that is only played: on dry axes nothing is sent."""
     plan = plan_of(layered, text, world_size)
-    mesh = Mesh.create(world_size, rank, mesh_degrees(plan), dry=True)
+    mesh = make_mesh(layered, plan, world_size, rank, dry=True)
     shardings = shard(layered, tuple(dict.fromkeys(plan.strategies)))
     return rewrite(layered, plan, mesh, shardings, Precision(), torch.device("cpu"))
 
@@ -102,7 +101,8 @@ def test_a_program_for_one_rank_computes_the_model(layered: LayeredGraph) -> Non
     model = program_of(layered, "all: dp1; 2: dp1.recompute", 1)
     assert model.denominators is not None
     leaves = [batch()[name] for name in model.inputs.names]
-    for module in (model.module, model.evaluation):
+    (stage,) = model.stages
+    for module in (stage.module, stage.evaluation):
         (loss,) = module(*leaves, *model.denominators(*leaves), 0)
         torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
 
