@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from galvatron_compile import notation
-from galvatron_compile.baselines import price_baselines
+from galvatron_compile import notation, work_json
+from galvatron_compile.baselines import BASELINES, Priced, price_baselines
 from galvatron_compile.cluster import ClusterProfile
+from galvatron_compile.passes.order import order
 from galvatron_compile.passes.pipeline.family import Solution
 from galvatron_compile.passes.pipeline.problem import PipelineProblem
 from galvatron_compile.passes.pipeline.searcher import Outcome, search
+from galvatron_compile.passes.plan_prices import family_of
 from galvatron_compile.planned import GIB, Alternative, Planned, biggest_difference
 from galvatron_compile.plans import Plan, Stage
 from galvatron_compile.prediction import CAUSES
 from galvatron_compile.rejected import why_families_lost
+from galvatron_compile.simulator import simulate
 from galvatron_compile.study import Study, peak_flops_per_s
-from galvatron_compile.timeline import simulate
 
 SIMULATED_ACTIONS = 1 << 15
-"""Stages × micro-batches up to which a plan is also simulated, action by action (a second)."""
+"""Layers × micro-batches up to which a plan is also simulated, action by action (a second or two:
+a layer is several actions in every micro-batch)."""
 
 
 def report(
@@ -34,24 +37,28 @@ def report(
     search_s: float,
 ) -> Planned:
     """The outcome with names, prices by cause, baselines, and why the others lost."""
-    best, *others = [predicted(study, plan_of(study, s)) for s in outcome.solved[:top]]
-    alternatives = tuple(Alternative(p, _why(p, best)) for p in others)
-    baselines: list[Alternative] = []
+    candidates = [Candidate(s, predicted(study, plan_of(study, s))) for s in outcome.solved[:top]]
     unfit: list[tuple[str, str]] = []
     for name, (fastest, smallest) in price_baselines(problems).items():
         if fastest is not None:
-            options = [fastest.option] * len(fastest.problem.layers)
-            plain = _plan(study, fastest.problem, fastest.boundaries, options)
-            priced = predicted(study, plain)
-            baselines.append(Alternative(priced, _why(priced, best), name))
+            plain = _uniform(fastest)
+            candidates.append(Candidate(plain, predicted(study, plan_of(study, plain)), name))
         elif smallest is not None:
             needed = smallest.memory_bytes + study.memory_bytes - study.pricer.capacity_bytes
             unfit.append((name, f"needs {needed / GIB:.1f} GiB a rank at least"))
         else:
             unfit.append((name, "no such plan within the constraints, ranks, heads and batch"))
-    reserve_bytes = study.memory_bytes - study.pricer.capacity_bytes
-    rejected = why_families_lost(problems, outcome, reserve_bytes)
+    candidates, ranking = ranked(candidates)
+    chosen, best = candidates[0].solution, candidates[0].plan
+    others = [Alternative(c.plan, _why(c.plan, best), c.name) for c in candidates]
+    alternatives = tuple(other for other in others if not other.name and other.plan is not best)
+    baselines = sorted(
+        (other for other in others if other.name),
+        key=lambda other: [b.name for b in BASELINES].index(other.name),
+    )
+    rejected = _rejected(problems, outcome, chosen, candidates, study)
     extra = {
+        "ranking": ranking,
         "alternatives": [_record(other, best) for other in alternatives],
         "baselines": [_record(other, best) for other in baselines]
         + [{"name": name, "step_ms": None, "why": why} for name, why in unfit],
@@ -71,13 +78,86 @@ def report(
     )
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """A plan with its prices, and what it is of a search. name: of a baseline."""
+
+    solution: Solution
+    plan: Plan
+    name: str = ""
+
+    @property
+    def over_bytes(self) -> int:
+        return over_bytes(self.plan)
+
+
+def over_bytes(plan: Plan) -> int:
+    """By how much the simulator sees a rank exceed the limit; 0 where it keeps it or knows not."""
+    groups = plan.predicted.get("simulated", {}).get("groups", ())
+    peak = max((group["peak_bytes"] for group in groups), default=0)
+    return max(0, peak - int(plan.predicted["memory_limit_bytes"]))
+
+
+def ranked(candidates: Sequence[Candidate]) -> tuple[list[Candidate], str]:
+    """The best plans of the closed form, and baselines behind them, in the order in which the
+    simulator sees them; and a sentence that says so.
+
+    A plan that the simulator sees exceed the limit comes after those that keep it. Nothing changes
+    where a plan is too large to be simulated.
+    """
+    for candidate in candidates:
+        if "simulated_ms" not in candidate.plan.predicted:
+            why = candidate.plan.predicted["not_simulated"]
+            return list(candidates), f"ranked by the closed form alone, not simulated: {why}"
+    found = sorted(candidates, key=lambda c: (c.over_bytes > 0, c.plan.predicted["simulated_ms"]))
+    few = sum(not candidate.name for candidate in candidates)
+    text = f"ranked by simulation: the best {few} of the closed form, and the baselines"
+    place = next(place for place, c in enumerate(candidates, 1) if c is found[0])
+    if found[0].name:
+        text += f"; the baseline {found[0].name} is the best there"
+    elif place > 1:
+        text += f"; number {place} of the closed form is the best there"
+    if found[0].over_bytes:
+        text += f"; all exceed the limit for a moment, this by {_gib(found[0].over_bytes)}"
+    return found, text
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.2f} GiB"
+
+
+def _uniform(found: Priced) -> Solution:
+    options = (found.option,) * len(found.problem.layers)
+    return Solution(found.problem, found.boundaries, options, *found.evaluation)
+
+
+def _rejected(
+    problems: list[PipelineProblem],
+    outcome: Outcome,
+    chosen: Solution,
+    candidates: Sequence[Candidate],
+    study: Study,
+) -> list[tuple[str, str]]:
+    """Why other families lost: by the closed form, and by simulation where that decided."""
+    reserve_bytes = study.memory_bytes - study.pricer.capacity_bytes
+    same = next((s for s in outcome.solved if s.problem is chosen.problem), chosen)
+    others = tuple(s for s in outcome.solved if s is not same)
+    found = why_families_lost(problems, replace(outcome, solved=(same, *others)), reserve_bytes)
+    if chosen is outcome.solved[0]:
+        return found
+    best_ms = candidates[0].plan.predicted["simulated_ms"]
+    by_simulation: dict[str, str] = {}
+    for candidate in candidates[1:]:
+        slower = 100 * (candidate.plan.predicted["simulated_ms"] / best_ms - 1)
+        text = f"{slower:.1f} % slower in simulation"
+        if candidate.over_bytes:
+            text = f"exceeds the limit by {_gib(candidate.over_bytes)} in simulation"
+        by_simulation.setdefault(f"pp={candidate.plan.pp}", text)
+    return [(family, by_simulation.get(family, why)) for family, why in found]
+
+
 def plan_of(study: Study, solution: Solution) -> Plan:
-    return _plan(study, solution.problem, solution.boundaries, solution.options)
-
-
-def _plan(
-    study: Study, problem: PipelineProblem, edges: tuple[int, ...], options: Sequence[int]
-) -> Plan:
+    problem, edges, options = solution.problem, solution.boundaries, solution.options
     family = problem.family
     stages = tuple(Stage(a, b) for a, b in pairwise(edges))
     return Plan(
@@ -117,29 +197,56 @@ def predicted(study: Study, given: Plan) -> Plan:
         "alternatives": [],
         "baselines": [],
         "rejected": [],
+        "ranking": "",
     }
-    priced = replace(given, predicted=numbers)
-    if given.pp == 1 or given.num_stages * given.num_micro_batches > SIMULATED_ACTIONS:
-        return priced
-    simulated_ms = simulate(priced).total_ms
-    return replace(given, predicted={**numbers, "simulated_ms": simulated_ms})
+    return replace(given, predicted={**numbers, **simulated(study, given)})
+
+
+def simulated(study: Study, given: Plan) -> dict[str, Any]:
+    """Parts of ``predicted``: what walking the lists that ranks follow gives, and the work that
+    was walked; or why it was not."""
+    from galvatron_compile.passes.stage_work import stage_work
+
+    size = len(given.layers) * given.num_micro_batches
+    if size > SIMULATED_ACTIONS:
+        return {
+            "not_simulated": f"{len(given.layers)} layers × {given.num_micro_batches} "
+            f"micro-batches, of which {SIMULATED_ACTIONS} are simulated at most"
+        }
+    pricer, family = study.pricer, family_of(given)
+    costs = pricer.costs_for(family, given.world_size // given.pp, given.global_batch_size)
+    outlines, works = stage_work(costs, pricer.switches, given)
+    found = simulate(outlines, [order(outline) for outline in outlines], works)
+    return {
+        "simulated_ms": found.step_ms,
+        "simulated": found.summary(),
+        work_json.KEY: work_json.dump(outlines, works),
+    }
 
 
 def _why(other: Plan, best: Plan) -> str:
-    return biggest_difference(other.predicted, best.predicted)
+    text = biggest_difference(other.predicted, best.predicted)
+    over = over_bytes(other)
+    return f"{text}; {_gib(over)} over the limit in simulation" if over else text
 
 
 def _record(other: Alternative, best: Plan) -> dict[str, Any]:
-    best_ms = float(best.predicted["step_ms"])
     return {
         "name": other.name,
         "notation": notation.format(other.plan),
         "step_ms": other.plan.predicted["step_ms"],
         "memory_bytes": other.plan.predicted["memory_bytes"],
         "simulated_ms": other.plan.predicted.get("simulated_ms"),
-        "behind_percent": other.behind_percent(best_ms),
+        "behind_percent": behind_percent(other.plan, best),
         "why": other.why,
     }
+
+
+def behind_percent(other: Plan, best: Plan) -> float:
+    """By simulation where both were simulated, which is what plans are ranked by."""
+    both = all("simulated_ms" in plan.predicted for plan in (other, best))
+    key = "simulated_ms" if both else "step_ms"
+    return 100 * (float(other.predicted[key]) / float(best.predicted[key]) - 1)
 
 
 def infeasible(study: Study, outcome: Outcome) -> str:
