@@ -14,7 +14,6 @@ import torch.distributed as dist
 
 import galvatron_compile as gc
 from galvatron_compile.checkpoint import load_checkpoint, save_checkpoint
-from galvatron_compile.checkpoint_files import steps
 
 MODELS = str(Path(__file__).parents[1] / "equivalence")
 STEPS, MORE = 20, 3
@@ -105,3 +104,47 @@ def test_it_goes_on_under_five_other_plans(ranks: Any, tmp_path: Path, backgroun
         else:
             found = ranks(world).run(load_and_go_on, *arguments, timeout_s=300.0)[0]
         alike(found, wanted)
+
+
+def test_dropout_goes_on_where_it_was(ranks: Any, tmp_path: Path) -> None:
+    arguments = (MODELS, str(tmp_path), "all: dp2.zero3", 0.3)
+    wanted = ranks(2).run(train_and_save, *arguments, False, timeout_s=300.0)[0]
+    alike(ranks(2).run(load_and_go_on, MODELS, str(tmp_path), "all: dp2.zero1", 0.3)[0], wanted)
+
+
+def draw() -> list[float]:
+    return [random.random(), float(np.random.rand()), torch.rand(()).item()]
+
+
+def random_states(path: str) -> Any:
+    linear = torch.nn.Linear(4, 1)
+    x = torch.ones(8, 4)
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    profile = gc.ClusterProfile.preset(f"{world}xH100")
+    plan = f"dp{world}"
+    parallel = gc.compile(
+        linear, profile, example_inputs=(x,), loss_fn=lambda y, _: y.sum(), plan=plan, measure=False
+    )
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    random.seed(rank)
+    np.random.seed(rank)
+    torch.manual_seed(rank)
+    parallel.num_steps = 7
+    extra = {"epoch": 3, "scheduler": {"lr": [0.1]}, "of": rank, "x": torch.arange(3)}
+    save_checkpoint(path, parallel, extra=extra)
+    wanted = draw()
+    draw()
+    loaded = load_checkpoint(path, parallel)
+    assert loaded.path == Path(path) / "step-000007"
+    assert (loaded.extra["of"], loaded.extra["epoch"], loaded.extra["scheduler"]) == (
+        0, 3, {"lr": [0.1]},
+    )  # fmt: skip
+    assert torch.equal(loaded.extra["x"], torch.arange(3))
+    assert draw() == wanted
+    return wanted
+
+
+def test_extra_and_random_states_of_every_rank_come_back(ranks: Any, tmp_path: Path) -> None:
+    one, other = ranks(2).run(random_states, str(tmp_path / "two"))
+    assert one != other
+    assert random_states(str(tmp_path / "one")) == one  # seeded alike
