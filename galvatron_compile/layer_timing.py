@@ -20,6 +20,8 @@ from galvatron_compile.job import Job
 FormKey = tuple[int, int, bool]  # class index, tensor-parallel degree, sequence parallel
 TimingKey = tuple[int, int, bool, int]  # … and the micro-batch size on one rank
 
+Forward = Callable[[], Callable[[], Any]]  # runs forward, returns what runs backward
+
 LONGEST_RUN_MS = 200.0  # forward and backward; what takes longer is extrapolated from less
 
 
@@ -38,14 +40,14 @@ class Experiment:
     text: describes all that the time depends on but the batch size and the device.
     sizes: local batches whose times are wanted, ascending; may be empty if none fits.
     first: the batch size to begin with, which is quick and need not be one of ``sizes``.
-    prepare: batch size -> a function that runs forward and returns the outputs.
+    prepare: batch size -> a function that runs forward and returns one that runs backward.
     """
 
     form: FormKey
     text: str
     sizes: tuple[int, ...]
     first: int
-    prepare: Callable[[int], Callable[[], Any]]
+    prepare: Callable[[int], Forward]
 
     def next_size(self, size: int, timing: LayerTiming) -> int | None:
         """The size to time after ``size`` took ``timing``; None if no other says more.
@@ -139,7 +141,7 @@ def _timing(
 
 
 def _time(
-    prepare: Callable[[int], Callable[[], Any]], size: int, device: torch.device
+    prepare: Callable[[int], Forward], size: int, device: torch.device
 ) -> tuple[float, float] | None:
     """Forward and backward in ms; None if the memory does not suffice."""
     try:
@@ -159,7 +161,7 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, kinds) or any(sign in str(error) for sign in signs)
 
 
-def _medians(forward: Callable[[], Any], device: torch.device) -> tuple[float, float]:
+def _medians(forward: Forward, device: torch.device) -> tuple[float, float]:
     """Of repeated runs after one to warm up; at most about half a second in all.
 
     A run of a second or more is its own warm-up.
@@ -168,9 +170,9 @@ def _medians(forward: Callable[[], Any], device: torch.device) -> tuple[float, f
     deadline = time.perf_counter() + 0.4
     while len(pairs) < 2 or (len(pairs) < 9 and time.perf_counter() < deadline):
         start = _now(device)
-        outputs = [t for t in forward() if isinstance(t, torch.Tensor) and t.requires_grad]
+        backward = forward()
         middle = _now(device)
-        torch.autograd.backward(outputs, [torch.ones_like(t) for t in outputs])
+        backward()
         pairs.append((middle - start, _now(device) - middle))
         if sum(pairs[0]) > 1:
             break

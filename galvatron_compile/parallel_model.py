@@ -294,7 +294,9 @@ class ParallelModel:
     def report(self) -> str:
         """The candidates if there was a search, the plan, what was not split, what not trained."""
         parts = [str(self.search)] if self.search is not None else []
-        remarks = (*self._program.remarks, *self._lowered.remarks, *(self._contents.remarks if self._contents else ()))
+        remarks = (*self._program.remarks, *self._lowered.remarks)
+        if self._contents is not None:
+            remarks += self._contents.remarks
         parts += [str(self.plan), *(f"remark: {text}" for text in remarks)]
         return "\n\n".join(parts)
 

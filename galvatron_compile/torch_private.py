@@ -153,6 +153,12 @@ def new_fake_mode() -> Any:
     return FakeTensorMode()
 
 
+def as_fake(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Contiguous fake tensors of the same shapes, dtypes and devices, in one mode."""
+    with new_fake_mode():
+        return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in tensors]
+
+
 @contextlib.contextmanager
 def fake_mode(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
     """The mode that these fake tensors were made in; tensors made inside belong to it too."""

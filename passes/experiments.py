@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import fx
 
-from galvatron_compile.graph import LayeredGraph
-from galvatron_compile.layer_timing import LONGEST_RUN_MS, Experiment, FormKey
+from galvatron_compile.errors import UnsupportedError
+from galvatron_compile.graph import LayeredGraph, noted
+from galvatron_compile.layer_timing import LONGEST_RUN_MS, Experiment, FormKey, Forward
+from galvatron_compile.lowered_piece import LoweredPiece
 from galvatron_compile.mesh import Axis
 from galvatron_compile.passes.annotate import Workload, legal_counts
 from galvatron_compile.passes.arguments import (
@@ -21,11 +23,14 @@ from galvatron_compile.passes.arguments import (
     placeholders,
 )
 from galvatron_compile.passes.layer_estimate import LARGE, Estimator
+from galvatron_compile.passes.lower import bound, cut_in_two
 from galvatron_compile.passes.normalise import retarget_devices
 from galvatron_compile.passes.sharding import localise
 from galvatron_compile.passes.tally import Tally
+from galvatron_compile.pieces import EagerPiece, Piece, PieceGraph
 from galvatron_compile.printer import full_name
 from galvatron_compile.strategy import Strategy
+from galvatron_compile.torch_private import as_fake
 
 # What any device of the kind reaches. The profile's rates say nothing of the device at hand, which
 # may be a laptop that plans for a cluster of GPUs.
@@ -122,25 +127,68 @@ def _describe(graph: fx.GraphModule, layered: LayeredGraph) -> str:
         f"{getattr(node.meta.get('val'), 'shape', '')} {getattr(node.meta.get('val'), 'dtype', '')}"
         for node in graph.graph.nodes
     ]
-    return "\n".join(lines).replace(str(layered.graph.batch_symbol), "batch")
+    text = "\n".join(lines).replace(str(layered.graph.batch_symbol), "batch")
+    return f"lowered\n{text}"
 
 
 def _runner(
     graph: fx.GraphModule, layered: LayeredGraph, kinds: tuple[str, ...], device: torch.device
-) -> Callable[[int], Callable[[], Any]]:
-    """batch size -> a function that runs the graph, on arguments that live as long as it does."""
+) -> Callable[[int], Forward]:
+    """batch size -> a function that runs forward and gives one that runs backward, on arguments
+    that live as long as it does. The graphs are those that training would run."""
     flags = differentiable_flags(graph, kinds)
     symbol = layered.graph.batch_symbol
 
-    def prepare(batch_size: int) -> Callable[[], Any]:
-        made = make_arguments(graph, symbol, batch_size, device)
+    def prepare(batch_size: int) -> Forward:
+        *made, seed = make_arguments(graph, symbol, batch_size, device)
+        piece = _piece(graph, kinds, flags, made)
+        by_kind = {k: [v for v, own in zip(made, kinds, strict=True) if own == k] for k in kinds}
+        values, parameters = by_kind.get("activation", []), by_kind.get("parameter", [])
 
-        def forward() -> Any:
-            for value, wanted in zip(made, flags, strict=True):
-                if wanted:
-                    value.requires_grad_(True).grad = None
-            return graph(*made)
+        def forward() -> Callable[[], Any]:
+            outputs, kept = piece.forward(values, parameters, seed)
+            gradients = [torch.ones_like(x) if x.is_floating_point() else None for x in outputs]
+            return lambda: piece.backward(kept, parameters, gradients)
 
         return forward
 
     return prepare
+
+
+def _piece(
+    graph: fx.GraphModule, kinds: tuple[str, ...], flags: Sequence[bool], made: Sequence[Any]
+) -> Piece:
+    """A layer by itself, lowered; under eager autograd where it cannot be traced."""
+    names = [node.name for node in placeholders(graph)]
+    places = {k: [at for at, own in enumerate(kinds) if own == k] for k in kinds}
+    activations, parameters = places.get("activation", []), places.get("parameter", [])
+    results: Any = graph.graph.output_node().args[0]
+    found = PieceGraph(
+        layer=0,
+        name="layer",
+        module=graph,
+        evaluation=graph,
+        values=tuple(names[at] for at in activations),
+        differentiable=tuple(flags[at] for at in activations),
+        parameters=tuple((0, place) for place in range(len(parameters))),
+        buffers=tuple(made[at] for at in places.get("buffer", [])),
+        outputs=tuple(node.name for node in results),
+        returns=tuple(bool(noted(node, "differentiable", False)) for node in results),
+        drops=(),
+        seed=(0, 0),
+        recompute=False,
+        has_trained=any(flags[at] for at in parameters),
+    )
+    eager = EagerPiece(found)
+    wanted = [flag and kind != "buffer" for flag, kind in zip(flags, kinds, strict=False)]
+    for value, flag in zip(made, wanted, strict=True):
+        if flag:
+            value.requires_grad_(True)
+    if not found.trains:
+        return eager
+    try:
+        recorded, cut = cut_in_two(found, as_fake(made), wanted)
+    except UnsupportedError:
+        return eager
+    axes = {x.name: x for x in vars(graph).values() if isinstance(x, Axis)}
+    return LoweredPiece(found, bound(recorded, cut, axes))

@@ -84,15 +84,13 @@ class _Lowering:
         key = _key(graph, arguments, wanted)
         try:
             if key not in self.traced.found:
-                recorded = trace(graph, arguments, wanted)
-                cut = halves(recorded, len(graph.values), len(graph.parameters))
-                self.traced.found[key] = recorded, cut
+                self.traced.found[key] = cut_in_two(graph, arguments, wanted)
         except UnsupportedError as error:
             self.remarks.append(f"{error}; it runs under eager autograd")
             return EagerPiece(graph), shapes(graph, arguments)
         recorded, cut = self.traced.found[key]
         if key not in self.bound:
-            self.bound[key] = _bound(recorded, cut, self.axes)
+            self.bound[key] = bound(recorded, cut, self.axes)
         return LoweredPiece(graph, self.bound[key]), recorded.examples
 
     def _wanted(self, graph: PieceGraph) -> list[bool]:
@@ -133,15 +131,21 @@ class _Lowering:
             ]
 
 
-def _bound(recorded: Recorded, cut: Halves, axes: Mapping[str, Axis]) -> LayerGraphs:
-    def graph(half: Half) -> BackwardGraph:
-        return BackwardGraph(bind(half.graph, recorded.module, axes), half.given, half.tangents)
+def cut_in_two(
+    graph: PieceGraph, arguments: Sequence[Tensor], wanted: Sequence[bool]
+) -> tuple[Recorded, Halves]:
+    """Trace a piece and cut what was recorded; see :func:`trace`."""
+    recorded = trace(graph, arguments, wanted)
+    return recorded, halves(recorded, len(graph.values), len(graph.parameters))
 
+
+def bound(recorded: Recorded, cut: Halves, axes: Mapping[str, Axis]) -> LayerGraphs:
+    """The graphs over real axes."""
     places = [place for place, tracked in enumerate(cut.tracked) if tracked]
 
     def backward(half: Half) -> BackwardGraph:
-        made = graph(half)
-        return BackwardGraph(made.module, made.given, tuple(places[at] for at in made.tangents))
+        module = bind(half.graph, recorded.module, axes)
+        return BackwardGraph(module, half.given, tuple(places[at] for at in half.tangents))
 
     return LayerGraphs(
         forward=bind(cut.forward, recorded.module, axes),

@@ -115,7 +115,7 @@ def one_rank_runs_out() -> list[Any]:
     def prepare(size: int) -> Callable[[], Any]:
         if rank == 1 and size > 2:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-        return lambda: [torch.ones(size, requires_grad=True) * 2]
+        return doubling(size)
 
     job = Job(rank, 2, torch.device("cpu"))
     runs = [Experiment((index, 1, False), "", (4, 8), 2, prepare) for index in range(2)]
@@ -132,7 +132,11 @@ def test_where_one_rank_lacks_memory_every_rank_goes_without(ranks: Any) -> None
 
 
 def doubling(size: int) -> Callable[[], Any]:
-    return lambda: [torch.ones(size, requires_grad=True) * 2]
+    def forward() -> Callable[[], Any]:
+        doubled = torch.ones(size, requires_grad=True) * 2
+        return lambda: doubled.sum().backward()
+
+    return forward
 
 
 def test_a_second_run_reads_the_cache(tmp_path: Path) -> None:
