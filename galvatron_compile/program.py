@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -63,7 +63,8 @@ class StageGraph:
 
     @property
     def sent_as(self) -> tuple[str, ...]:
-        return tuple(node.name for node in self.module.graph.output_node().args[0])  # type: ignore[union-attr]
+        results: Any = self.module.graph.output_node().args[0]
+        return tuple(node.name for node in results)
 
 
 @dataclass(frozen=True)

@@ -51,8 +51,8 @@ class _Stage:
         self.layered, self.layers = builder.layered, builder.layers
         self.root = torch.nn.Module()
         self.root.units = torch.nn.ModuleList(builder.units.ordered)
-        self.root.layers = torch.nn.ModuleDict()
-        self.root.remade = torch.nn.ModuleDict()
+        self.root.layers = torch.nn.Module()
+        self.root.remade = torch.nn.Module()
         self.graph = fx.Graph()
         self.values: Values = {}
 
@@ -104,7 +104,7 @@ class _Stage:
         parameters = self._parameters(index)
         strategy = self.plan.strategies[index]
         key = str(index)
-        self.root.layers[key] = self.modules[index]  # type: ignore[index, operator]
+        self.root.get_submodule("layers").add_module(key, self.modules[index])
         arguments = (*self._activations(index), *parameters, *self._buffers(index))
         data_index = self.mesh.data(strategy.tp).index
         mine = self.graph.call_function(layer_seed, (self.seed, index, data_index))
@@ -143,7 +143,7 @@ class _Stage:
         buffers = self._buffers(number)
         kept = [buffers[at - first_buffer] for at in taken if at >= first_buffer]
         key = f"{number}_{place}"
-        self.root.remade[key] = graph  # type: ignore[index, operator]
+        self.root.get_submodule("remade").add_module(key, graph)
         called = self.graph.call_module(f"remade.{key}", (*activations, *kept))
         called.meta["val"] = (self.cuts.nodes[name].meta.get("val"),)
         note(called, remade=f"{name} of {layer.name}")

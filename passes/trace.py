@@ -76,6 +76,7 @@ def _trace(piece: PieceGraph, arguments: Sequence[Tensor], wanted: Sequence[bool
     def joint(given: Sequence[Tensor], tangents: Sequence[Tensor]) -> list[Tensor]:
         leaves, outputs = _run(piece, given, wanted)
         graph = recorded_graph()
+        assert graph is not None, "joint runs while it is recorded"
         boundary.append(next(reversed(graph.nodes)))
         ends = [output for output in outputs if output.requires_grad]
         inputs = [leaf for leaf in leaves if leaf.requires_grad]
