@@ -57,6 +57,8 @@ def why_not() -> str | None:
             "no permission to make network namespaces; run as root, in a container with "
             "docker run --privileged"
         )
+    except OSError as error:
+        return f"this kernel refuses a network namespace: {error}"
     except EmulationError as error:
         return str(error)
     return None

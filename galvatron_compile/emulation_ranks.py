@@ -19,7 +19,7 @@ from galvatron_compile.errors import GalvatronError, PeerError
 
 CONTROL = "GALVATRON_EMULATION_FD"  # where a rank finds its end of the line to the launcher
 NUM_LAST_LINES = 30
-ABORT_S = 3.0  # what ranks that are out of time get to print their stacks
+ABORT_S = 10.0  # what ranks that are out of time get to print their stacks
 
 OnLine = Callable[[int, str, str], None]
 SetRate = Callable[[float | None], None]

@@ -1,0 +1,83 @@
+"""What is left when the launcher of an emulated cluster is killed: nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from emulated import (
+    FAMILY,
+    TIMEOUT_S,
+    alive,
+    emulated,
+    namespaces_of_the_machine,
+    needed,
+    nothing_left,
+)
+
+pytestmark = needed
+
+# Prints the ids of each of two ranks and of the process that it started, and the guard's.
+LAUNCHER = """
+import signal, sys
+from galvatron_compile.emulation import EmulatedCluster, emulated_cluster
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a parent may have it ignored
+pids = []
+def on_line(rank, stream, line):
+    pids.extend(line.split())
+    if len(pids) == 4:
+        print(*pids, cluster._guard.pid, flush=True)
+with emulated_cluster(EmulatedCluster()) as cluster:
+    cluster.run(["-c", sys.argv[1], "time.sleep(1000)"], on_line=on_line)
+"""
+
+
+def launched() -> tuple[subprocess.Popen[str], list[str]]:
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, FAMILY],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert launcher.stdout is not None
+    with launcher.stdout:
+        pids = launcher.stdout.readline().split()
+    assert len(pids) == 5
+    return launcher, pids
+
+
+def wait_for_the_end_of(pids: list[str]) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while alive(pids) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not alive(pids)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_nothing_survives_a_killed_launcher(number: signal.Signals) -> None:
+    with nothing_left():
+        launcher, pids = launched()
+        nodes = {os.readlink(f"/proc/{pid}/ns/net") for pid in pids[:4]}
+        assert len(nodes) == 2
+        launcher.send_signal(number)
+        launcher.wait(timeout=TIMEOUT_S)
+        wait_for_the_end_of(pids)
+        assert not nodes & namespaces_of_the_machine()
+    with emulated(num_nodes=2) as cluster:
+        cluster.run(["-c", "pass"], timeout_s=TIMEOUT_S)
+
+
+def test_ranks_end_with_a_launcher_whose_guard_was_killed() -> None:
+    launcher, pids = launched()
+    try:
+        os.kill(int(pids[4]), signal.SIGKILL)
+        launcher.kill()
+        launcher.wait(timeout=TIMEOUT_S)
+        wait_for_the_end_of(pids[:4:2])
+    finally:
+        for pid in pids[1:4:2]:  # what ranks start is the guard's to end, and there is none
+            os.kill(int(pid), signal.SIGKILL)
