@@ -199,3 +199,31 @@ def group_timeout() -> timedelta | None:
         if isinstance(timeout, timedelta):
             return timeout
     return None
+
+
+# --- pipelining: the orders of torch's schedules (checked on torch 2.13) ---
+
+
+def pipelining_orders(
+    name: str, pp: int, num_micro_batches: int, stages_per_rank: int
+) -> list[list[tuple[str, int, int]]]:
+    """What each rank computes under a schedule of ``torch.distributed.pipelining``, in order:
+    ("F", "B", "I" or "W", stage, micro-batch).
+
+    Torch 2.13's list of 1F1B skips the first forward of the last rank, though its runtime does not.
+    """
+    from torch.distributed.pipelining._schedule_visualizer import get_schedule_ops
+
+    ranks = get_schedule_ops(name, pp, num_micro_batches, num_stages_per_rank=stages_per_rank)
+    orders = [
+        [
+            (op.computation_type.value, op.stage_index, op.microbatch_index)
+            for op in rank
+            if op is not None and op.microbatch_index is not None
+        ]
+        for rank in ranks
+    ]
+    kinds = {kind for order in orders for kind, _, _ in order}
+    if len(orders) != pp or not kinds <= {"F", "B", "I", "W"}:
+        raise RuntimeError(f"torch writes schedules in another way: {sorted(kinds)}")
+    return [[(str(kind), int(stage), int(batch)) for kind, stage, batch in o] for o in orders]
