@@ -7,7 +7,7 @@ and a plan with its price.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -34,6 +34,7 @@ from galvatron_compile.plans import Plan
 from galvatron_compile.precision import Precision
 from galvatron_compile.printer import fingerprint
 from galvatron_compile.search_report import SearchReport, sources
+from galvatron_compile.staged import Staged
 from galvatron_compile.strategy import Strategy
 from galvatron_compile.text import mib
 
@@ -90,16 +91,44 @@ def decide(
         costs = annotate(
             layered, shardings, setting.cluster, strategies, workload, timings, estimator.tallies
         )
-        return search(
-            costs,
-            setting.memory_bytes,
-            model=fingerprint(layered),
-            layer_names=[layer.name for layer in layered.layers],
-            global_batch_size=batch_size,
-        )
+        staged = _staged(layered, shardings, setting, workload, timings, estimator)
+        pipelines = staged.best()
+        try:
+            report = search(
+                costs,
+                setting.memory_bytes,
+                model=fingerprint(layered),
+                layer_names=[layer.name for layer in layered.layers],
+                global_batch_size=batch_size,
+            )
+        except InfeasibleError:
+            if not pipelines:
+                raise
+            return SearchReport.of_pipelines(costs, setting.memory_bytes, pipelines)
+        return report.ranked(staged.with_simulation, pipelines)
 
     report = job.together(choose, same=lambda found: notation.format(found.best))
     return Decision(report.best, shardings, report)
+
+
+def _staged(
+    layered: LayeredGraph,
+    shardings: ShardingTable,
+    setting: Setting,
+    workload: Workload,
+    timings: Mapping[TimingKey, LayerTiming],
+    estimator: Estimator,
+) -> Staged:
+    return Staged.of(
+        layered,
+        shardings,
+        setting.cluster,
+        workload,
+        timings,
+        estimator.tallies,
+        memory_bytes=setting.memory_bytes,
+        fingerprint=fingerprint(layered),
+    )
 
 
 def obey(
@@ -130,10 +159,15 @@ def obey(
     timings = time_layers(layered, estimator, uses, workload, setting, progress)
 
     def priced() -> Decision:
-        costs = annotate(
-            layered, shardings, setting.cluster, strategies, workload, timings, estimator.tallies
-        )
-        found = replace(plan, predicted=price(costs, plan))
+        staged = _staged(layered, shardings, setting, workload, timings, estimator)
+        if plan.pp > 1:
+            found = staged.priced(plan)
+        else:
+            costs = annotate(
+                layered, shardings, setting.cluster, strategies, workload, timings,
+                estimator.tallies,
+            )  # fmt: skip
+            found = staged.with_simulation(replace(plan, predicted=price(costs, plan)))
         remarks = (*_memory_remarks(found, setting), sources(found))
         return Decision(found, shardings, None, remarks)
 

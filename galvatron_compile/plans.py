@@ -254,7 +254,8 @@ class Plan:
         ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks"
         lines = [f"plan for {ranks}: global batch {self.global_batch_size} in {batches}{stages}"]
         if "step_ms" in self.predicted and "memory_bytes" in self.predicted:
-            step, memory = self.predicted["step_ms"], self.predicted["memory_bytes"]
+            step = self.predicted.get("simulated_ms", self.predicted["step_ms"])
+            memory = self.predicted["memory_bytes"]
             lines.append(f"predicted: {ms(step)} ms a step, {mib(memory)} MiB a rank")
         return "\n".join([*lines, "", _layer_table(self)])
 

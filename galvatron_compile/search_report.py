@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from galvatron_compile.costs import CostTable
@@ -30,6 +31,20 @@ class Candidate:
     def predicted(self) -> Mapping[str, Any]:
         return self.plan.predicted if self.plan else {}
 
+    @property
+    def is_simulated(self) -> bool:
+        return "simulated_ms" in self.predicted
+
+    def judged(self, best: Plan) -> Candidate:
+        """With a verdict by simulation, where there is one."""
+        if self.plan is None or not self.is_simulated:
+            return self
+        if self.plan == best:
+            return replace(self, verdict="is the best plan")
+        reason = self.verdict.partition(": ")[2]
+        text = behind(self.plan, best) + (f"; closed form: {reason}" if reason else "")
+        return replace(self, verdict=text)
+
 
 @dataclass(frozen=True)
 class SearchReport:
@@ -45,13 +60,43 @@ class SearchReport:
     candidates: tuple[Candidate, ...]
     costs: CostTable = field(repr=False, compare=False)
     num_left_out: int = 0
+    pipelines: tuple[Plan, ...] = ()
+
+    def ranked(
+        self, simulated: Callable[[Plan], Plan], pipelines: Sequence[Plan], few: int = 6
+    ) -> SearchReport:
+        """The best few of the closed form in the order in which the simulator sees them.
+
+        simulated: gives a plan with ``simulated_ms``; pipelines have it already.
+        """
+        best = simulated(self.best)
+        candidates = [
+            replace(candidate, plan=simulated(candidate.plan))
+            if place < few and candidate.plan is not None and candidate.fits
+            else candidate
+            for place, candidate in enumerate(self.candidates)
+        ]
+        uniform = [c.plan for c in candidates if c.plan is not None and c.is_simulated]
+        staged = tuple(sorted(pipelines, key=step_ms))
+        best = min([best, *uniform, *staged], key=step_ms)  # ties go to the closed form's best
+        candidates.sort(key=_simulated_first)
+        judged = tuple(candidate.judged(best) for candidate in candidates)
+        return replace(self, best=best, candidates=judged, pipelines=staged)
+
+    @staticmethod
+    def of_pipelines(
+        costs: CostTable, memory_limit_bytes: int, pipelines: Sequence[Plan]
+    ) -> SearchReport:
+        """Where no plan of one stage fits in memory."""
+        ranked = tuple(sorted(pipelines, key=step_ms))
+        return SearchReport(ranked[0], memory_limit_bytes, (), costs, 0, ranked)
 
     def __str__(self) -> str:
-        best, count = self.best.predicted, str(self.best.num_micro_batches)
-        numbers = [ms(best["step_ms"]), mib(best["memory_bytes"])]
-        rows = [["best plan", count, *numbers, "yes", "the optimum over all assignments"]]
+        rows = [["best plan", *_numbers(self.best), "yes", "the fastest in simulation"]]
+        rows += [_pipeline_row(plan, self.best) for plan in self.pipelines if plan != self.best]
         rows += [_row(candidate) for candidate in self.candidates]
-        header = ["strategy", "micro-batches", "step ms", "MiB", "fits", "verdict"]
+        header = ["strategy", "micro-batches", "simulated ms", "closed form ms", "MiB"]
+        header += ["fits", "verdict"]
         # The verdict is prose: flush left behind columns of numbers.
         table = columns(header[:-1], [row[:-1] for row in rows]).split("\n")
         width = max(map(len, table))
@@ -66,6 +111,39 @@ class SearchReport:
         return "\n".join([title, "", *lines, *more, "", *about])
 
 
+def _simulated_first(candidate: Candidate) -> tuple[bool, float]:
+    """Those behind keep their order."""
+    if candidate.plan is None or not candidate.is_simulated:
+        return True, 0.0
+    return False, step_ms(candidate.plan)
+
+
+def step_ms(plan: Plan) -> float:
+    """Of a step as it was simulated, or else by the closed form."""
+    predicted = plan.predicted
+    return float(predicted.get("simulated_ms", predicted["step_ms"]))
+
+
+def behind(plan: Plan, best: Plan) -> str:
+    """By how much a plan is slower than the best, both simulated."""
+    return f"{100 * (step_ms(plan) / step_ms(best) - 1):.1f} % slower in simulation"
+
+
+def _numbers(plan: Plan) -> list[str]:
+    predicted = plan.predicted
+    simulated = ms(predicted["simulated_ms"]) if "simulated_ms" in predicted else "-"
+    closed, memory = ms(predicted["step_ms"]), mib(predicted["memory_bytes"])
+    return [str(plan.num_micro_batches), simulated, closed, memory]
+
+
+def _pipeline_row(plan: Plan, best: Plan) -> list[str]:
+    """A plan of several stages in brief: its stages, and what most of its layers use."""
+    usual = Counter(plan.strategies).most_common(1)[0][0]
+    mixed = "" if len(set(plan.strategies)) == 1 else ", mixed"
+    name = f"pp{plan.pp} {plan.schedule}, {usual}{mixed}"
+    return [name, *_numbers(plan), "yes", behind(plan, best)]
+
+
 def sources(plan: Plan) -> str:
     """Where a priced plan's times of computation come from, as a person reads it."""
     counts = plan.predicted["sources"]
@@ -78,8 +156,6 @@ def sources(plan: Plan) -> str:
 def _row(candidate: Candidate) -> list[str]:
     name = str(candidate.strategy)
     if candidate.plan is None:
-        return [name, "-", "-", "-", "-", candidate.verdict]
-    predicted = candidate.plan.predicted
-    numbers = [ms(predicted["step_ms"]), mib(predicted["memory_bytes"])]
+        return [name, "-", "-", "-", "-", "-", candidate.verdict]
     fits = "yes" if candidate.fits else "no"
-    return [name, str(candidate.plan.num_micro_batches), *numbers, fits, candidate.verdict]
+    return [name, *_numbers(candidate.plan), fits, candidate.verdict]

@@ -22,7 +22,7 @@ from galvatron_compile.demo.report import Summary, Timed, draw
 from galvatron_compile.demo.train import Task, Trainer, measure_step_ms
 from galvatron_compile.parallel_model import ParallelModel
 from galvatron_compile.profiling import measure
-from galvatron_compile.search_report import Candidate, SearchReport
+from galvatron_compile.search_report import SearchReport, step_ms
 
 
 def arguments() -> argparse.Namespace:
@@ -129,22 +129,20 @@ def compare(
     if parallel.search is None:
         return ()
     found: list[Timed] = []
-    for candidate in one_of_each_kind(parallel.search, parallel.plan)[:num_plans]:
-        assert candidate.plan is not None
-        step_ms = measure_step_ms(compile_for(build_model(), cluster, task, candidate.plan), task)
-        found.append(Timed(name_of(candidate.plan), candidate.predicted["step_ms"], step_ms))
+    for plan in one_of_each_kind(parallel.search, parallel.plan)[:num_plans]:
+        other = compile_for(build_model(), cluster, task, plan)
+        found.append(Timed(name_of(plan), step_ms(other.plan), measure_step_ms(other, task)))
     return tuple(found)
 
 
-def one_of_each_kind(search: SearchReport, chosen: gc.Plan) -> list[Candidate]:
-    """The fastest that fits of every (tp, sharded parameters or not), other than the chosen."""
-    kinds: dict[tuple[int, bool], Candidate] = {}
-    for candidate in search.candidates:
-        strategy = candidate.strategy
-        if candidate.plan is None or not candidate.fits:
-            continue
-        if candidate.plan.strategies != chosen.strategies:
-            kinds.setdefault((strategy.tp, strategy.zero == 3), candidate)
+def one_of_each_kind(search: SearchReport, chosen: gc.Plan) -> list[gc.Plan]:
+    """The fastest that fits of every (pp, tp, sharded parameters or not), but for the chosen."""
+    uniform = [c.plan for c in search.candidates if c.plan is not None and c.fits]
+    kinds: dict[tuple[int, int, bool], gc.Plan] = {}
+    for plan in [*search.pipelines[:1], *uniform]:
+        strategy = plan.strategies[0]
+        if plan.strategies != chosen.strategies or plan.pp != chosen.pp:
+            kinds.setdefault((plan.pp, strategy.tp, strategy.zero == 3), plan)
     return list(kinds.values())
 
 
@@ -160,7 +158,7 @@ def summarise(
     predicted = trainer.parallel.plan.predicted
     return Summary(
         losses=trainer.losses,
-        predicted_step_ms=float(predicted["step_ms"]),
+        predicted_step_ms=step_ms(trainer.parallel.plan),
         measured_step_ms=trainer.step_ms,
         predicted_memory_bytes=int(predicted["memory_bytes"]),
         measured_memory_bytes=memory_bytes,
