@@ -1,0 +1,118 @@
+"""What the tensors of one process take while a step runs, counted tensor by tensor.
+
+On CUDA the caching allocator counts by itself. On the CPU nothing does, and the size of the process
+says little (freed memory stays with it), so :class:`MemoryMeter` follows every tensor that an
+operator makes from its birth to its death. What a kernel allocates inside for its own use is not
+seen there.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from galvatron_compile.torch_private import flatten_tree
+
+
+class Meter(Protocol):
+    """Bytes that are held now, and the most that were since this was last asked."""
+
+    def held_bytes(self) -> int: ...
+
+    def take_peak_bytes(self) -> int: ...
+
+
+class MemoryMeter(TorchDispatchMode):
+    """Live bytes of all storages on the CPU that operators of this thread touched while it was on,
+    and of those that were registered.
+
+    Storages, so that views count once, and a buffer that is resized in place has its new size from
+    the next operator that touches it on, or from the next question. Nothing is kept alive. Tensors
+    that other threads make and what communication libraries allocate are not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._known: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
+        self._total = self._peak = 0
+
+    def register(self, tensors: Iterable[Tensor]) -> None:
+        """Count what was there before: parameters, buffers, optimizer state, the batch."""
+        self._look(tensors)
+
+    def held_bytes(self) -> int:
+        storages = [reference() for reference, _ in self._known.values()]
+        for storage in storages:
+            if storage is not None:
+                self._count(storage)
+        self._peak = max(self._peak, self._total)
+        return self._total
+
+    def take_peak_bytes(self) -> int:
+        held = self.held_bytes()
+        peak, self._peak = self._peak, held
+        return peak
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        leaves, _ = flatten_tree((args, kwargs, result))
+        self._look(leaf for leaf in leaves if isinstance(leaf, Tensor))
+        return result
+
+    def _look(self, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            if tensor.layout is torch.strided:
+                self._count(tensor.untyped_storage())
+        self._peak = max(self._peak, self._total)
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage.device.type != "cpu":  # that of a fake tensor is on the meta device
+            return
+        # A storage has one Python object as long as it lives, with or without references from here.
+        key, num_bytes = id(storage), storage.nbytes()
+        if key in self._known:
+            reference, before = self._known[key]
+        else:
+            reference, before = weakref.ref(storage, lambda _: self._forget(key)), 0
+        if num_bytes != before or key not in self._known:
+            self._known[key] = reference, num_bytes
+            self._total += num_bytes - before
+
+    def _forget(self, key: int) -> None:
+        self._total -= self._known.pop(key)[1]
+
+
+class CudaMeter:
+    """The same questions to the caching allocator, whose counts need no synchronisation."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        torch.cuda.reset_peak_memory_stats(device)
+
+    def held_bytes(self) -> int:
+        return torch.cuda.memory_allocated(self.device)
+
+    def take_peak_bytes(self) -> int:
+        peak = torch.cuda.max_memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return peak
+
+
+@contextmanager
+def metering(device: torch.device, tensors: Iterable[Tensor]) -> Iterator[Meter]:
+    """A meter that is on inside. tensors: what the CPU's must know of that was there before; the
+    CUDA allocator counts whatever lives on the device. On the CPU operators take longer inside."""
+    if device.type == "cuda":
+        yield CudaMeter(device)
+        return
+    meter = MemoryMeter()
+    meter.register(tensors)
+    with meter:
+        yield meter
