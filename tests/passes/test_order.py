@@ -298,6 +298,15 @@ def test_receives_are_posted_one_piece_of_work_ahead() -> None:
     assert kinds.index(("receive_activations", 1)) < kinds.index(("backward", 0))
 
 
+def test_working_parameters_are_refreshed_a_few_at_a_time() -> None:
+    (outline,) = pipeline(1, 12, 1, zero=1)
+    coming, most = 0, 0
+    for action in order(outline):
+        coming += {"gather": 1, "wait_gather": -1}.get(action.kind, 0)
+        most = max(most, coming)
+    assert most == MAX_IN_FLIGHT
+
+
 def test_evaluation_takes_every_micro_batch_through_all_chunks() -> None:
     (outline,) = pipeline(1, 3, 2, zero=3)
     actions = order_evaluation(outline)
