@@ -56,7 +56,13 @@ class ParallelModel:
         self._executor = Executor(program, lowered.pieces)
         self._contents = contents
         held = (program.units, program.buffers, program.tied, contents)
-        self._states = States(*held, unloaded=program.unloaded, device=self._device)
+        self._states = States(
+            *held,
+            unloaded=program.unloaded,
+            device=self._device,
+            layouts=program.layouts,
+            num_groups=plan.pp,
+        )
         self.num_steps = 0  # done so far; part of the seed of random operators
 
     # The batch.

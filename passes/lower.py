@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -25,9 +26,10 @@ from galvatron_compile.torch_private import new_fake_mode
 @dataclass
 class Traced:
     """What was traced already, by a text that says all that it depends on: layers of one class and
-    strategy, and programs of other plans, share it."""
+    strategy, and programs of other plans, share it. All its fake tensors are of one ``mode``."""
 
     found: dict[str, tuple[Recorded, Halves]] = field(default_factory=dict)
+    mode: Any = field(default_factory=new_fake_mode)
 
 
 def lower(
@@ -58,7 +60,7 @@ class _Lowering:
         self.bound: dict[str, LayerGraphs] = {}
         self.pieces: dict[int, Piece] = {}
         self.remarks: list[str] = []
-        self.mode = new_fake_mode()
+        self.mode = self.traced.mode
         mesh = program.mesh
         self.axes: Mapping[str, Axis] = mesh.axes
 

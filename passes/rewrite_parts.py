@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from galvatron_compile.errors import PlanError
 from galvatron_compile.graph import Layer, LayeredGraph
 from galvatron_compile.layout import ParameterLayout
 from galvatron_compile.mesh import Mesh
@@ -116,6 +117,7 @@ class _Collector:
         self.members: list[tuple[int, str, list[str], bool]] = []  # layer, unit, names, shared
         for index in numbers:
             layer = layered.layers[index]
+            self._check_tied(index)
             new = [n for n in dict.fromkeys(layer.parameters) if n not in self.layouts]
             strategy, sharded = plan.strategies[index], layers.sharded[index]
             made = _layouts(layered, layer, new, sharded, strategy)
@@ -126,6 +128,18 @@ class _Collector:
             for title in sorted(set(titles.values()), key=lambda t: (t != layer.name, t)):
                 names = [n for n in new if titles[n] == title]
                 self.members.append((index, title, names, uses[names[0]] > 1))
+
+    def _check_tied(self, index: int) -> None:
+        """What layers of one group share lies in one way there."""
+        plan, mine = self.plan, set(self.layered.layers[index].parameters)
+        for other in self.numbers[: self.numbers.index(index)]:
+            shared = mine & set(self.layered.layers[other].parameters)
+            if shared and plan.strategies[other] != plan.strategies[index]:
+                raise PlanError(
+                    f"layers {plan.layers[other]!r} ({plan.strategies[other]}) and "
+                    f"{plan.layers[index]!r} ({plan.strategies[index]}) share {min(shared)} on the "
+                    "same ranks; give them one strategy, or cut the stages between them"
+                )
 
     def units(self, mesh: Mesh, precision: Precision, device: torch.device) -> Units:
         ordered: list[ParameterUnit] = []

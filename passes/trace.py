@@ -82,7 +82,8 @@ def _trace(piece: PieceGraph, arguments: Sequence[Tensor], wanted: Sequence[bool
         inputs = [leaf for leaf in leaves if leaf.requires_grad]
         found: Sequence[Tensor | None] = []
         if ends and inputs:
-            found = torch.autograd.grad(ends, inputs, list(tangents), allow_unused=True)
+            with fake_mode(given):  # the backward of ``where`` makes a number of its own
+                found = torch.autograd.grad(ends, inputs, list(tangents), allow_unused=True)
         gradients = iter(found)
         each = [next(gradients) if leaf.requires_grad else None for leaf in leaves]
         placed.clear()

@@ -99,25 +99,6 @@ def restore(model: torch.nn.Module, values: Mapping[str, torch.Tensor]) -> None:
             parameter.grad = None
 
 
-def everywhere(parallel: ParallelModel) -> dict[str, torch.Tensor]:
-    """Whole gradients of all stages, on every rank."""
-    import torch.distributed as dist
-
-    mine = {
-        entry.name: entry.whole(entry.master.grad).clone()
-        for entry in parallel._states.entries
-        if entry.master.grad is not None
-    }
-    if not dist.is_initialized():
-        return mine
-    each: list = [None] * dist.get_world_size()
-    dist.all_gather_object(each, mine)
-    for found in each:
-        for name, value in found.items():
-            assert name not in mine or torch.allclose(mine[name], value, rtol=1e-12), name
-    return {name: value for found in each for name, value in found.items()}
-
-
 def one(
     parallel: ParallelModel, case: Case, expected: Mapping[str, Any], num_steps: int
 ) -> Outcome:
@@ -129,7 +110,7 @@ def one(
         loss = float(parallel.step(local))
         loss_error = max(loss_error, abs(loss / float(expected["losses"][step]) - 1))
         if step == 0:
-            got = everywhere(parallel)
+            got = parallel.full_gradients()
             gradient_error, worst = largest(got, expected["gradients"])
         optimizer.step()
     trained = 0.0
