@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -42,7 +43,10 @@ def compare(
     initial = {name: value.detach().clone() for name, value in case.model.named_parameters()}
     job = Job.current(case.model)
     names, model = [layer.name for layer in layered.layers], fingerprint(layered)
-    parsed = {text: parse(text, names, job.world_size, BATCH, model=model) for text in plans}
+    parsed = {
+        text: parse(with_rest(text, len(names)), names, job.world_size, BATCH, model=model)
+        for text in plans
+    }
     # The form of a class depends on its own degree alone, so all plans can share the table.
     shardings = shard(layered, {s for plan in parsed.values() for s in plan.strategies})
     outcomes, traced = {}, Traced()
@@ -53,6 +57,15 @@ def compare(
         parallel = assemble(layered, plan, shardings, mesh, job, traced)
         outcomes[text] = one(parallel, case, expected, 3 if text in train else 1)
     return {text: asdict(outcome) for text, outcome in outcomes.items()}
+
+
+def with_rest(text: str, num_layers: int) -> str:
+    """``stages=2,*`` with the number of layers that are left."""
+    found = re.search(r"stages=([\d,]*),\*", text)
+    if found is None:
+        return text
+    rest = num_layers - sum(map(int, found[1].split(",")))
+    return text.replace(",*", f",{rest}")
 
 
 def assemble(

@@ -32,7 +32,37 @@ EIGHT = [
     "tp2.sp.dp4", "tp2.sp.dp4.zero1.recompute; micro=2", "tp4.sp.dp2; micro=4",
     "all: tp4.dp2.zero1; 1: tp2.sp.dp4.zero3.recompute; micro=2",
 ]
+# In stages "*" stands for the rest of the layers.
+PIPELINES = {
+    2: [
+        "dp1; pp=2; micro=2", "dp1; pp=2; micro=4; schedule=gpipe",
+        "dp1; stages=2,*; micro=4; schedule=zero-bubble", "dp1; stages=4,*; micro=8",
+        "recompute; pp=2; micro=4", "recompute; pp=2; micro=2; schedule=zero-bubble",
+        "dp1; stages=1,1,2,*; virtual=2; schedule=interleaved; micro=4",
+        "all: dp1; 1: recompute; 4: recompute; stages=3,*; micro=2; schedule=gpipe",
+    ],
+    4: [
+        "dp1; pp=4; micro=4", "dp1; stages=1,2,1,*; micro=8; schedule=zero-bubble",
+        "recompute; pp=4; micro=2; schedule=gpipe",
+        "dp2; pp=2; micro=2", "dp2.zero1; pp=2; micro=4; schedule=gpipe",
+        "dp2.zero2; stages=2,*; micro=4; schedule=zero-bubble", "dp2.zero3; pp=2; micro=2",
+        "dp2.zero3.recompute; pp=2; micro=4; schedule=zero-bubble",
+        "tp2; pp=2; micro=4", "tp2.sp; stages=2,*; micro=2; schedule=zero-bubble",
+        "tp2.sp.recompute; stages=4,*; micro=2; schedule=gpipe",
+        "all: dp2.zero3; 1: tp2; 2: tp2.sp.recompute; pp=2; micro=4",
+        "all: tp2; 1: dp2.zero1; 4: dp2.zero3; stages=2,*; micro=2",
+        "dp2.zero1; stages=1,1,2,*; virtual=2; schedule=interleaved; micro=4",
+    ],
+    8: [
+        "tp2.dp2; pp=2; micro=4", "dp2.zero2; pp=4; micro=4; schedule=zero-bubble",
+        "tp2; pp=4; micro=4; schedule=gpipe", "tp2.sp.dp2.zero3; stages=2,*; micro=2",
+        "tp2.dp2.zero1; stages=1,1,2,*; virtual=2; schedule=interleaved; micro=2",
+    ],
+}  # fmt: skip
 TRAINED = {
+    "dp1; stages=2,*; micro=4; schedule=zero-bubble", "dp2.zero3; pp=2; micro=2",
+    "all: tp2; 1: dp2.zero1; 4: dp2.zero3; stages=2,*; micro=2",
+    "tp2.sp.dp2.zero3; stages=2,*; micro=2",
     "dp2.zero3; micro=2", "tp2.sp.recompute; micro=2", "dp2.zero1; micro=2", "tp2.dp2.zero3",
     "all: tp2.dp2.zero2; 1: dp4.zero3.recompute; 2: tp4; micro=2", "tp4",
     "tp2.dp4.zero1; micro=2", "tp2.sp.dp4.zero1.recompute; micro=2",
@@ -84,7 +114,7 @@ def outcomes(ranks: Callable[[int], Any]) -> Callable[[str, int], dict[str, Any]
 
 
 def plans_of(model: str, world_size: int) -> list[str]:
-    plans = {2: TWO, 4: FOUR, 8: EIGHT}[world_size]
+    plans = {2: TWO, 4: FOUR, 8: EIGHT}[world_size] + PIPELINES[world_size]
     special = ENCODER_DECODER[world_size] if model == "t5" else []
     return [*(plan for plan in plans if (model, plan) not in IMPOSSIBLE), *special]
 

@@ -381,7 +381,6 @@ def test_malformed_plan_files_are_refused(ranks: Any, plan: Any, tmp_path: Path)
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("dp1; pp=2", "a plan of 2 pipeline stages is not executed by this version"),
         ("ulysses2", "Ulysses sequence parallel is not executed by this version"),
         ("cp2", "leave cp2 out"),
         ("dp2.ep2", "expert parallel is not executed by this version"),
@@ -392,6 +391,22 @@ def test_what_the_planner_knows_and_the_runtime_does_not_is_refused(
     ranks: Any, text: str, message: str
 ) -> None:
     alike(refused(ranks, compiled, plan=text), UnsupportedError, message)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("dp1; pp=2", "1f1b over 2 groups needs at least 2 micro-batches, got 1; use gpipe"),
+        (
+            "dp1; stages=1,1,1,1; virtual=2; schedule=interleaved",
+            "interleaved over 2 groups needs at least 2 micro-batches, got 1; use gpipe",
+        ),
+    ],
+)
+def test_schedules_that_do_not_fit_the_batch_are_refused(
+    ranks: Any, text: str, message: str
+) -> None:
+    alike(refused(ranks, compiled, plan=text), PlanError, message)
 
 
 @pytest.mark.parametrize(
