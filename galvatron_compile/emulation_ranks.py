@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from galvatron_compile import emulation_child
@@ -136,16 +136,15 @@ class Ranks:
             if deadline is not None and time.monotonic() >= deadline and running:
                 raise PeerError(self._describe_timeout(sorted(running), timeout_s or 0.0))
         wall_s = time.monotonic() - self._started
-        self._drain(range(len(self._ranks)))
+        self._stop()
         texts = [rank.text for rank in self._ranks]
         outputs, errors = ([_decode(t[name]) for t in texts] for name in ("stdout", "stderr"))
         return FinishedRun(tuple(outputs), tuple(errors), wall_s)
 
     def close(self) -> None:
         """End the ranks and whatever processes they have left in their nodes."""
-        for rank in self._ranks:
-            rank.process.kill()
-        emulation_child.end_processes(self._namespace_fds)
+        self._on_line = None
+        self._stop()
         for rank in self._ranks:
             rank.close()
         self._ranks = []
@@ -197,9 +196,12 @@ class Ranks:
             return str(error)
         return ""
 
-    def _drain(self, ranks: Iterable[int]) -> None:
-        """What ended ranks have written; no more, as their children may hold the pipes open."""
-        for rank in (self._ranks[index] for index in ranks):
+    def _stop(self) -> None:
+        """End whatever is left in the nodes, then take what was written, to the last line."""
+        for rank in self._ranks:
+            rank.process.kill()
+        emulation_child.end_processes(self._namespace_fds)
+        for rank in self._ranks:
             for name in rank.streams:
                 size = -1
                 while size < len(rank.text[name]):
@@ -210,7 +212,7 @@ class Ranks:
         return self._ranks[rank].process.wait()
 
     def _describe_failure(self, failed: list[int]) -> str:
-        self._drain(failed)
+        self._stop()
         lines = []
         for rank in failed:
             code, node = self._exit_code(rank), self._ranks[rank].node
@@ -228,7 +230,7 @@ class Ranks:
         deadline, waiting = time.monotonic() + ABORT_S, set(late)
         while waiting and time.monotonic() < deadline:
             waiting -= self._pump(deadline)
-        self._drain(late)
+        self._stop()
         names = ", ".join(map(str, late))
         head = f"rank {names} of {len(self._ranks)} did not end in {timeout_s:g} s"
         return "\n".join([head, *(f"rank {rank}: {self._last_lines(rank)}" for rank in late)])

@@ -61,6 +61,46 @@ for rate in rates:
 """
 
 
+# Rank 0 exchanges argv[1] bytes with each other rank at the same time; prints the seconds.
+STAR = """
+import os, socket, sys, threading, time
+size, outward = int(sys.argv[1]), sys.argv[2] == "out"
+rank, where = int(os.environ["RANK"]), (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+
+def send(line):
+    line.sendall(bytes(size))
+    line.recv(1)
+
+def receive(line):
+    left = size
+    while left:
+        left -= len(line.recv(1 << 20))
+    line.sendall(b"!")
+
+if rank == 0:
+    server = socket.create_server(where)
+    lines = [server.accept()[0] for _ in range(int(os.environ["WORLD_SIZE"]) - 1)]
+    work = [threading.Thread(target=send if outward else receive, args=[l]) for l in lines]
+    start = time.perf_counter()
+    for line in lines:
+        line.sendall(b"!")
+    for thread in work:
+        thread.start()
+    for thread in work:
+        thread.join()
+    print(time.perf_counter() - start)
+else:
+    while True:
+        try:
+            line = socket.create_connection(where)
+            break
+        except ConnectionRefusedError:
+            time.sleep(0.01)
+    line.recv(1)
+    (receive if outward else send)(line)
+"""
+
+
 def transfers(
     cluster: RunningCluster, sender: int, *rates: object
 ) -> list[tuple[float, dict[str, int]]]:
@@ -69,9 +109,9 @@ def transfers(
     return [tuple(json.loads(line)) for line in result.outputs[sender].splitlines()]
 
 
-def least_s(rate_bits_per_s: float) -> float:
-    """No transfer of NUM_BYTES can be faster; the buckets of both ends may be full at first."""
-    return (NUM_BYTES - 2 * burst_bytes(rate_bits_per_s)) * 8 / rate_bits_per_s
+def least_s(rate_bits_per_s: float, num_bytes: int = NUM_BYTES) -> float:
+    """No transfer can be faster; the buckets of both ends may be full at first."""
+    return (num_bytes - 2 * burst_bytes(rate_bits_per_s)) * 8 / rate_bits_per_s
 
 
 @needed
@@ -93,6 +133,14 @@ def test_traffic_within_a_node_does_not_touch_the_link() -> None:
         [(wall_s, sent)] = transfers(cluster, 2)  # the first rank of the other node
         assert wall_s >= least_s(2e8)
         assert sent["lo"] < NUM_BYTES / 100
+
+
+@needed
+@pytest.mark.parametrize("direction", ["in", "out"])
+def test_a_node_has_one_link_for_all_its_peers(direction: str) -> None:
+    with emulated(num_nodes=3, rate_bits_per_s=1e8) as cluster:
+        result = cluster.run(["-c", STAR, str(NUM_BYTES), direction], timeout_s=TIMEOUT_S)
+    assert float(result.outputs[0]) >= least_s(1e8, 2 * NUM_BYTES)
 
 
 @needed

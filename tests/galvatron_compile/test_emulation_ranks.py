@@ -40,6 +40,17 @@ def test_a_rank_that_dies_ends_the_run_with_its_last_lines(
         assert cluster.run(["-c", "print(1)"], timeout_s=TIMEOUT_S).outputs == ("1\n",) * 3
 
 
+def test_last_words_without_an_end_of_line_are_shown() -> None:
+    lines: list[str] = []
+    with emulated(num_nodes=1) as cluster, pytest.raises(PeerError, match=r"code 3; [^$]*  last w"):
+        cluster.run(
+            ["-c", "import os; os.write(2, b'last words'); os._exit(3)"],
+            timeout_s=TIMEOUT_S,
+            on_line=lambda rank, stream, line: lines.append(line),
+        )
+    assert lines == ["last words"]
+
+
 # Rank 1 waits until rank 0 has ended, and then for ever.
 STUCK = """
 import os, sys, time
