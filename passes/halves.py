@@ -61,18 +61,18 @@ def take(kept: list[Tensor]) -> Tensor:
 def halves(recorded: Recorded, num_values: int, num_parameters: int) -> Halves:
     """Cut what was recorded behind forward, and backward behind the gradients of the values."""
     graph = recorded.module.graph
-    resolve = _without_identities()
+    nodes = list(graph.nodes)
+    resolve = _without_identities(_written(nodes))
     gradients = [None if g is None else resolve(g) for g in recorded.gradients]
     outputs = [resolve(output) for output in recorded.outputs]
     fixed = {node: place for place, node in enumerate(recorded.arguments) if place >= num_values}
     tangents = {node: place for place, node in enumerate(recorded.tangents)}
-    order = [node for node in graph.nodes if node.op in ("call_function", "get_attr")]
     values, parameters = gradients[:num_values], gradients[num_values:]
     parameters = parameters[:num_parameters]
     found_values = [g for g in values if g is not None]
     found_parameters = [g for g in parameters if g is not None]
 
-    cutter = _Cutter(resolve, order, fixed, tangents, recorded.backward)
+    cutter = _Cutter(resolve, nodes, fixed, tangents, recorded.backward)
     backward, kept = cutter.half([*found_values, *found_parameters], inside=recorded.backward)
     first = cutter.closed(cutter.needed(found_values) & recorded.backward)
     second = recorded.backward - first - tangents.keys()
@@ -105,19 +105,20 @@ class _Cutter:
     def __init__(
         self,
         resolve: Callable[[fx.Node], fx.Node],
-        order: list[fx.Node],
+        nodes: list[fx.Node],
         fixed: dict[fx.Node, int],
         tangents: dict[fx.Node, int],
         backward: frozenset[fx.Node],
     ) -> None:
-        self.resolve, self.order, self.fixed, self.tangents = resolve, order, fixed, tangents
-        self.backward = backward
-        self.writes = _writes(order, resolve)
+        self.resolve, self.fixed, self.tangents, self.backward = resolve, fixed, tangents, backward
+        self.place = {node: place for place, node in enumerate(nodes)}
+        self.order = [node for node in nodes if node.op in ("call_function", "get_attr")]
+        self.writes = _writes(self.order, resolve)
 
     def inputs(self, node: fx.Node) -> list[fx.Node]:
         """What a node reads, and the in-place operators that must have run on that before."""
         found = [self.resolve(source) for source in node.all_input_nodes]
-        return found + [write for write in self.writes.get(node, ())]
+        return [*found, *self.writes.get(node, ())]
 
     def needed(self, nodes: Iterable[fx.Node]) -> set[fx.Node]:
         found: set[fx.Node] = set()
@@ -159,7 +160,7 @@ class _Cutter:
         given = [node for node in self.fixed if node in sources]
         tangents = [node for node in self.tangents if node in sources and node in inside]
         read = [node for node in sources if node not in given and node not in tangents]
-        read.sort(key=self._place)
+        read.sort(key=self.place.__getitem__)
         graph = fx.Graph()
         copies = {node: graph.placeholder(node.name) for node in given}
         box = graph.placeholder("kept")
@@ -186,8 +187,9 @@ class _Cutter:
                 node.op == "call_function" and (node in inside or is_view(node))
             )
             (needed if computed else sources).add(node)
-            if computed:
-                todo += self.inputs(node)
+            if computed:  # what wrote in place outside has run by then
+                ordered = (w for w in self.writes.get(node, ()) if w in inside)
+                todo += [*map(self.resolve, node.all_input_nodes), *ordered]
         return needed, sources
 
     def forward(self, arguments: Sequence[fx.Node], results: Sequence[fx.Node]) -> fx.Graph:
@@ -205,9 +207,6 @@ class _Cutter:
     ) -> None:
         for node in nodes:
             copies[node] = graph.node_copy(node, lambda argument: copies[self.resolve(argument)])
-
-    def _place(self, node: fx.Node) -> int:
-        return self.order.index(node) if node in self.order else -1
 
 
 def is_view(node: fx.Node) -> bool:
@@ -252,14 +251,27 @@ def _writes(
     return found
 
 
-def _without_identities() -> Callable[[fx.Node], fx.Node]:
+def _written(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    """Nodes whose own memory is changed in place."""
+    base: dict[fx.Node, fx.Node] = {}
+    found: set[fx.Node] = set()
+    for node in nodes:
+        if node.all_input_nodes and (is_view(node) or _mutates(node)):
+            first = node.all_input_nodes[0]
+            base[node] = base.get(first, first)
+            if _mutates(node):
+                found.add(base[node])
+    return found
+
+
+def _without_identities(written: set[fx.Node]) -> Callable[[fx.Node], fx.Node]:
     """Nodes that only pass their input on stand for that: there is no autograd any more. Autograd
-    also transposes twice."""
+    also transposes twice. A copy that is ``written`` to stays: the constant must not change."""
 
     def resolve(node: fx.Node) -> fx.Node:
         while True:
             source: Any = node.args[0] if node.args else None
-            if str(node.target) in _IDENTITIES:
+            if str(node.target) in _IDENTITIES and node not in written:
                 node = source
             elif _transposes(node) and _transposes(inner := resolve(source)):
                 node = inner.args[0]  # type: ignore[assignment]

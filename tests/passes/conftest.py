@@ -12,7 +12,7 @@ import torch
 
 from galvatron_compile.passes.stand_in import Recorder
 
-for name in ("sharding_cases", "rule_cases", "in_parts"):
+for name in ("sharding_cases", "rule_cases", "in_parts", "piece_cases"):
     if name not in sys.modules:
         path = Path(__file__).with_name(f"{name}.py")
         spec = importlib.util.spec_from_file_location(name, path)
