@@ -85,5 +85,6 @@ def adamw(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW([{"params": group} for group in split.values()], lr=1e-4, foreach=True)
 
 
-BY_HAND = {"dp2": ("DDP", ddp), "dp2.zero3": ("fully_shard", zero3)}
+BY_HAND = {name: ("DDP", ddp) for name in ("dp2", "dp2.zero1", "dp2.zero2")}
+BY_HAND |= {"dp2.zero3": ("fully_shard", zero3)}
 BY_HAND |= {"tp2": ("parallelize_module", tensor_parallel)}

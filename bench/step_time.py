@@ -4,7 +4,9 @@
 Both sides live in the same processes and take turns (hand, ours, ours, hand, …), so drift of the
 machine hits both. A step is forward, backward and synchronisation; AdamW is timed too and its ratio
 given apart, since DTensor's overhead there is not what we compare with. The time of a step is that
-of the slowest rank; ratios are between medians, beside the middle half of the pairs' ratios.
+of the slowest rank; ratios are between medians, beside the middle half of the pairs' ratios. Then
+one more step of each side is run with every tensor counted (galvatron_compile.memory_meter): the
+most that a rank's tensors take, parameters, gradients and optimizer state included.
 """
 
 from __future__ import annotations
@@ -27,11 +29,13 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from by_hand import BY_HAND, adamw
 
 import galvatron_compile as gc
+from galvatron_compile.memory_meter import metering
 from galvatron_compile.profiling import measure
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -41,8 +45,9 @@ RESULTS = Path(__file__).resolve().parent / "results"
 class Row:
     """One strategy. ratio: ours / by hand, below 1.00 means that ours is faster.
 
-    ratio_with_optimizer: the same for the step and AdamW together. loss_difference: the largest
-    relative difference of the two losses, which tells that both sides train the same.
+    ratio_with_optimizer: the same for the step and AdamW together. memory_ratio: of the peaks of
+    one step. loss_difference: the largest relative difference of the two losses, which tells that
+    both sides train the same.
     """
 
     plan: str
@@ -53,6 +58,9 @@ class Row:
     ratio_low: float
     ratio_high: float
     ratio_with_optimizer: float
+    by_hand_peak_bytes: int
+    ours_peak_bytes: int
+    memory_ratio: float
     loss_difference: float
 
 
@@ -98,6 +106,23 @@ class Side:
         self.total_ms.append(float(elapsed_ms[1]))
 
 
+    def peak_bytes(self, batch: dict[str, torch.Tensor]) -> int:
+        """Of a step and AdamW, on the rank that needs most."""
+        local = self.program.local_batch(batch)
+        held = [*self.program.parameters(), *local.values()]
+        for state in self.optimizer.state.values():
+            held += [x for x in state.values() if isinstance(x, torch.Tensor)]
+        here = [x.to_local() if isinstance(x, DTensor) else x for x in held]
+        with metering(torch.device("cpu"), here) as meter:
+            self.program.step(local)
+            self.optimizer.step()
+            peak = meter.take_peak_bytes()
+        self.optimizer.zero_grad()
+        most = torch.tensor(peak)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        return int(most)
+
+
 def contend(plan: str, cluster: gc.ClusterProfile, options: argparse.Namespace) -> Row:
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, 1024, (options.batch_size, options.length), generator=generator)
@@ -119,11 +144,18 @@ def contend(plan: str, cluster: gc.ClusterProfile, options: argparse.Namespace) 
         for side in order:
             side.step(batch)
         difference = max(difference, abs(hand.loss - ours.loss) / abs(hand.loss))
-    return summarise(plan, name, hand, ours, options.warm_up, difference)
+    peaks = hand.peak_bytes(batch), ours.peak_bytes(batch)
+    return summarise(plan, name, hand, ours, options.warm_up, peaks, difference)
 
 
 def summarise(
-    plan: str, name: str, hand: Side, ours: Side, warm_up: int, difference: float
+    plan: str,
+    name: str,
+    hand: Side,
+    ours: Side,
+    warm_up: int,
+    peaks: tuple[int, int],
+    difference: float,
 ) -> Row:
     hand_ms, ours_ms = hand.step_ms[warm_up:], ours.step_ms[warm_up:]
     medians = statistics.median(hand_ms), statistics.median(ours_ms)
@@ -131,13 +163,14 @@ def summarise(
     low, _, high = statistics.quantiles(ratios, n=4)
     totals = [statistics.median(side.total_ms[warm_up:]) for side in (hand, ours)]
     ratio, total = medians[1] / medians[0], totals[1] / totals[0]
-    return Row(plan, name, *medians, ratio, low, high, total, difference)
+    memory = peaks[1] / peaks[0]
+    return Row(plan, name, *medians, ratio, low, high, total, *peaks, memory, difference)
 
 
 def table(rows: list[Row]) -> Table:
     result = Table(title="Step time, 2 gloo ranks, one thread each", title_justify="left")
     headings = ["plan", "by hand", "by hand, ms", "ours, ms", "ours / by hand", "middle half"]
-    for heading in [*headings, "with AdamW"]:
+    for heading in [*headings, "with AdamW", "peak memory"]:
         result.add_column(heading, justify="left" if "ms" not in heading else "right")
     for row in rows:
         result.add_row(
@@ -148,6 +181,7 @@ def table(rows: list[Row]) -> Table:
             f"{row.ratio:.2f}",
             f"{row.ratio_low:.2f} to {row.ratio_high:.2f}",
             f"{row.ratio_with_optimizer:.2f}",
+            f"{row.memory_ratio:.2f}",
         )
     return result
 
@@ -186,7 +220,7 @@ def main() -> None:
     cluster = measure(quick=True)
     rows = [contend(plan, cluster, options) for plan in options.plans]
     if dist.get_rank() == 0:
-        console = Console(width=110)
+        console = Console(width=120)
         console.print(table(rows))
         console.print(f"wrote {save(rows, options)}")
     dist.destroy_process_group()
