@@ -1,0 +1,376 @@
+"""The simulator against times and bytes worked out by hand, and what must hold in every walk."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from galvatron_compile.actions import COMPUTE, Action, LayerOutline, Outline, UnitOutline
+from galvatron_compile.errors import PlanError
+from galvatron_compile.passes.order import order
+from galvatron_compile.schedules import bubble_share, why_not
+from galvatron_compile.simulated_group import Group, Job
+from galvatron_compile.simulation import Simulation
+from galvatron_compile.simulator import simulate
+from galvatron_compile.work import LayerWork, Phase, SendWork, UnitWork, Work
+
+
+def alone(
+    actions: Sequence[Action], layers: Sequence[LayerWork], unit: UnitWork, **work: float | bool
+) -> Simulation:
+    """One group, one micro-batch, one unit, which every layer uses; lists by hand."""
+    numbers = range(len(layers))
+    named = {i: LayerOutline(f"l{i}", (0,)) for i in numbers}
+    outline = Outline((tuple(numbers),), named, (UnitOutline("a", zero=3),), 1)
+    costs = Work(dict(enumerate(layers)), (unit,), **work)  # type: ignore[arg-type]
+    return simulate([outline], [actions], [costs])
+
+
+def layer(forward: float, inner: float = 0.0, backward: float = 0.0) -> LayerWork:
+    return LayerWork(Phase(forward, inner), Phase(backward))
+
+
+BESIDE = [Action("gather", 0), Action("forward", 0, 0), Action("wait_gather", 0)]
+
+
+# Slowdown.
+
+
+@pytest.mark.parametrize(("compute", "gather"), [(10.0, 4.0), (4.0, 10.0), (6.0, 6.0)])
+def test_what_starts_together_takes_the_longer_and_part_of_the_shorter(
+    compute: float, gather: float
+) -> None:
+    o = 1.3
+    found = alone(
+        BESIDE, [layer(compute)], UnitWork(gather_ms=gather),
+        compute_slowdown=o, communication_slowdown=o,
+    )  # fmt: skip
+    longer, shorter = max(compute, gather), min(compute, gather)
+    assert found.step_ms == pytest.approx(longer + (o - 1) * shorter)
+
+
+def test_slowdowns_may_differ() -> None:
+    found = alone(
+        BESIDE, [layer(12.0)], UnitWork(gather_ms=4.0),
+        compute_slowdown=1.5, communication_slowdown=2.0,
+    )  # fmt: skip
+    # The gather takes 8 ms, in which 8 / 1.5 ms are computed; the rest at full speed.
+    assert found.step_ms == pytest.approx(8 + 12 - 8 / 1.5)
+    (gather,) = found.timeline.row(0, "communication")
+    assert (gather.start_ms, gather.end_ms) == (0.0, 8.0)
+    assert found.groups[0].slowed_ms == pytest.approx(8 - 8 / 1.5)
+
+
+def test_speeds_change_when_something_starts_or_ends() -> None:
+    """A collective that starts with the second of three layers and outlasts it."""
+    actions = [
+        Action("forward", 0, 0), Action("gather", 0), Action("forward", 1, 0),
+        Action("forward", 2, 0), Action("wait_gather", 0),
+    ]  # fmt: skip
+    found = alone(
+        actions, [layer(5.0), layer(2.0), layer(10.0)], UnitWork(gather_ms=4.0),
+        compute_slowdown=2.0, communication_slowdown=2.0,
+    )  # fmt: skip
+    # Everything at half speed from 5 to 13: 2 ms of layer 1 and 2 of layer 2, whose 8 follow.
+    ends = [(span.start_ms, span.end_ms) for span in found.timeline.row(0, "compute")]
+    assert ends == [(0, 5), (5, 9), (9, 21)]
+    assert found.timeline.row(0, "communication")[0].end_ms == pytest.approx(13)
+
+
+def test_equal_layers_that_run_on_keep_their_own_times() -> None:
+    """They are walked as one, with a change of speed in the middle of the second."""
+    actions = [
+        Action("gather", 0), *(Action("forward", i, 0) for i in range(3)), Action("wait_gather", 0),
+    ]  # fmt: skip
+    found = alone(
+        actions, [layer(4.0)] * 3, UnitWork(gather_ms=6.0),
+        compute_slowdown=2.0, communication_slowdown=2.0,
+    )  # fmt: skip
+    ends = [(span.start_ms, span.end_ms) for span in found.timeline.row(0, "compute")]
+    assert ends == [(0, 8), (8, 14), (14, 18)]
+
+
+@pytest.mark.parametrize(("shares", "gather_ends"), [(False, 6.0), (True, 8.0)])
+def test_a_layers_own_collectives_leave_the_wire_or_half_of_it(
+    shares: bool, gather_ends: float
+) -> None:
+    found = alone(
+        BESIDE, [layer(2.0, inner=2.0)], UnitWork(gather_ms=6.0), inner_shares_wire=shares
+    )
+    # Shared: 2 ms computed, 2 ms at half speed take 4; of the gather 2 + 2 are done in those 6.
+    assert found.timeline.row(0, "communication")[0].end_ms == pytest.approx(gather_ends)
+    compute = found.timeline.row(0, "compute")[0]
+    assert compute.end_ms == pytest.approx(6.0 if shares else 4.0)
+    assert found.groups[0].inner["tensor_ms"] == 2.0
+
+
+def test_waiting_is_exposed_by_kind() -> None:
+    actions = [
+        *BESIDE, Action("backward", 0, 0), Action("reduce", 0), Action("wait_reduce", 0),
+        Action("reduce_tensor", 0),
+    ]  # fmt: skip
+    unit = UnitWork(gather_ms=5.0, reduce_ms=7.0, tensor_ms=1.5)
+    found = alone(actions, [layer(3.0, backward=6.0)], unit, optimizer_ms=0.5)
+    group = found.groups[0]
+    assert group.exposed == {"gather": 2.0, "reduce": 7.0, "reduce_tensor": 1.5}
+    assert found.step_ms == 3 + 2 + 6 + 7 + 1.5 + 0.5
+    assert group.bubble_ms == 0
+
+
+# Pipelines.
+
+
+def pipeline(
+    pp: int, m: int, schedule: str = "1f1b", virtual: int = 1, **changed: object
+) -> tuple[list[Outline], list[Work]]:
+    """A layer of 3 ms a stage (over all chunks), a third of it forward; thirds where split."""
+    outlines, works = [], []
+    for group in range(pp):
+        stages = range(group, pp * virtual, pp)
+        outlines.append(
+            Outline(
+                tuple((stage,) for stage in stages),
+                {stage: LayerOutline(f"layer {stage}", (0,)) for stage in stages},
+                (UnitOutline(f"of {group}", gathers=False),),
+                m, schedule, pp, group,
+            )
+        )  # fmt: skip
+        each = LayerWork(Phase(1 / virtual), Phase(2 / virtual))
+        last = pp * virtual - 1
+        sends = tuple(
+            SendWork(0.25 * (s < last), 0.25 * (s > 0), 7 * (s < last), 5 * (s > 0))
+            if changed.get("messages") else SendWork()
+            for s in stages
+        )  # fmt: skip
+        works.append(Work({s: each for s in stages}, (UnitWork(reduce_ms=0.5),), sends, 1.5))
+    return outlines, works
+
+
+def run(outlines: Sequence[Outline], works: Sequence[Work]) -> Simulation:
+    return simulate(outlines, [order(outline) for outline in outlines], works)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "pp", "m", "virtual"),
+    [
+        ("gpipe", 4, 6, 1), ("1f1b", 1, 5, 1), ("1f1b", 4, 9, 1), ("1f1b", 8, 8, 1),
+        ("interleaved", 4, 8, 2), ("interleaved", 2, 6, 3), ("zero-bubble", 4, 9, 1),
+        ("zero-bubble", 3, 3, 1),
+    ],
+)  # fmt: skip
+def test_a_balanced_pipeline_takes_the_closed_form(
+    schedule: str, pp: int, m: int, virtual: int
+) -> None:
+    """(m + phi (P - 1)) micro-batches, one synchronisation (see passes.pipeline.closed_form)."""
+    found = run(*pipeline(pp, m, schedule, virtual))
+    expected = 3 * (m + float(bubble_share(schedule, virtual)) * (pp - 1)) + 0.5 + 1.5
+    assert found.step_ms == pytest.approx(expected)
+
+
+def test_messages_travel_while_both_compute_on() -> None:
+    found = run(*pipeline(2, 2, messages=True))
+    first, second = (found.timeline.row(group, "compute") for group in (0, 1))
+    assert second[0].start_ms == pytest.approx(1.25)
+    assert first[2].start_ms == pytest.approx(1.25 + 3 + 0.25)
+    sent = found.timeline.row(0, "messages")
+    assert [(s.kind, s.micro_batch) for s in sent] == [
+        ("send_activations", 0), ("send_activations", 1),
+    ]  # fmt: skip
+    waited = found.groups[0].exposed["send_gradients"]
+    assert waited == pytest.approx(2 * 0.25)
+    assert found.groups[1].exposed["send_activations"] == pytest.approx(0.25)
+
+
+def test_messages_and_sums_share_a_wire_where_they_must() -> None:
+    """ZeRO-2: the sum of micro-batch 0 runs beside the message to the stage before."""
+    outlines, works = pipeline(2, 2, messages=True)
+    outlines = [replace(o, units=(replace(o.units[0], zero=2),)) for o in outlines]
+    free, shared = (
+        run(outlines, [replace(w, messages_share_wire=shares) for w in works])
+        for shares in (False, True)
+    )
+    first, slower = (
+        next(s for s in each.timeline.row(1, "messages") if s.micro_batch == 0)
+        for each in (free, shared)
+    )
+    assert first.end_ms - first.start_ms == pytest.approx(0.25)
+    assert slower.end_ms - slower.start_ms == pytest.approx(0.5)
+
+
+def test_sums_over_stages_start_when_all_have_come() -> None:
+    outlines, works = pipeline(2, 2)
+    outlines = [replace(o, units=(replace(o.units[0], name="tied", tied=True),)) for o in outlines]
+    works = [replace(w, units=(replace(w.units[0], tied_ms=2.0),)) for w in works]
+    found = run(outlines, works)
+    ends = [found.timeline.row(group, "communication")[-1] for group in (0, 1)]
+    assert {(s.kind, s.start_ms, s.end_ms) for s in ends} == {("reduce_tied", 9.5, 11.5)}
+    # The last stage ends a backward earlier than the first, and waits for it.
+    assert found.groups[1].bubble_ms == pytest.approx(1 + 2)
+    assert all(group.exposed["reduce_tied"] == pytest.approx(2.0) for group in found.groups)
+
+
+def test_messages_are_held_from_where_room_is_made_to_where_they_are_taken() -> None:
+    outlines, works = pipeline(2, 2, messages=True)
+    (first, second) = (group.memory for group in run(outlines, works).groups)
+    # The second stage makes room before it waits; both hold an activation on its way.
+    assert second.steps[0].num_bytes == 7
+    assert dict(first.steps)[1.0] == 7 + 5  # and the first makes room for the gradient
+    assert first.steps[-1].num_bytes == second.steps[-1].num_bytes == 0
+
+
+# Any walk.
+
+
+@st.composite
+def any_pipeline(draw: st.DrawFn) -> tuple[list[Outline], list[Work]]:
+    schedule = draw(st.sampled_from(["gpipe", "1f1b", "interleaved", "zero-bubble"]))
+    pp, m = draw(st.integers(1, 4)), draw(st.integers(1, 5))
+    virtual = 2 if schedule == "interleaved" else 1
+    m = pp * (1 + m // pp) if virtual > 1 else max(m, pp)
+    if why_not(schedule, pp, m, virtual):
+        schedule, virtual = "1f1b", 1
+    per_stage, time = draw(st.integers(1, 3)), st.sampled_from([0.0, 0.5, 1.0, 3.0])
+    size = st.integers(0, 9)
+    alike = LayerWork(Phase(1, 0.5), Phase(2, 0.5), Phase(1))
+    outlines, works = [], []
+    for group in range(pp):
+        chunks = tuple(
+            tuple(range(stage * per_stage, (stage + 1) * per_stage))
+            for stage in range(group, pp * virtual, pp)
+        )
+        numbers = [i for chunk in chunks for i in chunk]
+        zero = draw(st.integers(0, 3))
+        tied = {0: "tied", pp - 1: "tied"}.get(group) if pp > 1 else None
+        units = [
+            UnitOutline(f"of {i}", zero, gathers=zero > 0, varying=i % 2 == 0) for i in numbers
+        ]
+        units += [UnitOutline(tied, zero, gathers=zero > 0, tied=True)] if tied else []
+        layers = {
+            i: LayerOutline(f"layer {i}", (u,), draw(st.booleans()))
+            for u, i in enumerate(numbers)
+        }
+        if tied:
+            layers[numbers[0]] = replace(layers[numbers[0]], units=(0, len(units) - 1))
+        outlines.append(Outline(chunks, layers, tuple(units), m, schedule, pp, group))
+        priced = {
+            i: alike
+            if draw(st.booleans())
+            else LayerWork(
+                Phase(draw(time), draw(time)), Phase(draw(time), 0, draw(time)), Phase(1.0),
+                draw(st.floats(0, 1)), draw(size), draw(size), draw(size),
+            )
+            for i in numbers
+        }  # fmt: skip
+        last = pp * virtual - 1
+        slow = st.sampled_from([1.0, 1.25, 2.0])
+        works.append(
+            Work(
+                priced,
+                tuple(
+                    UnitWork(draw(time), draw(time), draw(time), draw(time), 2, 4, 3, 8, 2)
+                    for _ in units
+                ),
+                tuple(
+                    SendWork(draw(time) * (s < last), draw(time) * (s > 0), 3, 4)
+                    for s in range(group, pp * virtual, pp)
+                ),
+                draw(time), 11, draw(slow), draw(slow), draw(st.booleans()), draw(st.booleans()),
+            )
+        )  # fmt: skip
+    return outlines, works
+
+
+@given(any_pipeline())
+@settings(max_examples=120, deadline=None)
+def test_every_action_runs_once_and_the_causes_add_up_to_the_step(
+    given_: tuple[list[Outline], list[Work]],
+) -> None:
+    outlines, works = given_
+    found = run(outlines, works)
+    for outline, work, group in zip(outlines, works, found.groups, strict=True):
+        assert sum(group.causes().values()) == pytest.approx(found.step_ms)
+        assert group.bubble_ms >= -1e-9 and group.slowed_ms >= -1e-9
+        compute = [s for s in group.spans if s.stream == "compute"]
+        ran = [(s.kind, s.index, s.micro_batch) for s in compute if s.kind != "optimizer"]
+        listed = [(a.kind, a.index, a.micro_batch) for a in order(outline) if a.kind in COMPUTE]
+        assert Counter(ran) == Counter(listed)
+        for stream in ("compute", "communication"):
+            row = found.timeline.row(outline.group, stream)  # type: ignore[arg-type]
+            assert all(a.end_ms <= b.start_ms + 1e-9 for a, b in pairwise(row))
+        assert group.memory.peak_bytes >= max(held.num_bytes for held in group.memory.steps)
+        resident = 11 + sum(u.parameter_bytes + u.optimizer_bytes for u in work.units)
+        trained = {u for x in outline.layers.values() for u in x.units}
+        assert group.memory.steps[-1].num_bytes == resident + 2 * len(trained) + _persistent(
+            outline
+        )
+
+
+def _persistent(outline: Outline) -> int:
+    """Working parameters that were gathered and stay, where the work counts them so."""
+    return 3 * sum(unit.gathers and unit.zero != 3 for unit in outline.units)
+
+
+@given(any_pipeline())
+@settings(max_examples=60, deadline=None)
+def test_walking_equal_layers_as_one_changes_nothing(
+    given_: tuple[list[Outline], list[Work]],
+) -> None:
+    together = run(*given_)
+    original = Group.next_run
+
+    def one_at_a_time(self: Group, index: int) -> Job:
+        job = original(self, index)
+        self.at -= len(self.run) - 1
+        self.run = self.run[:1]
+        job.alone_ms = job.left = self.phase(job.action).alone_ms
+        return job
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Group, "next_run", one_at_a_time)
+        apart = run(*given_)
+    assert together.step_ms == pytest.approx(apart.step_ms)
+    for one, other in zip(together.groups, apart.groups, strict=True):
+        ends, others = (
+            {(s.kind, s.index, s.micro_batch): s.end_ms for s in group.spans if s.micro_batch >= 0}
+            for group in (one, other)
+        )
+        assert ends == pytest.approx(others)
+        assert one.bubble_ms == pytest.approx(other.bubble_ms, abs=1e-6)
+
+
+# What cannot be walked, and how a walk prints.
+
+
+def test_groups_that_wait_for_each_other_are_refused() -> None:
+    outlines, works = pipeline(2, 1)
+    lists = [
+        [Action("receive_gradients", 0, 0), Action("wait_gradients", 0, 0)],
+        [Action("receive_activations", 1, 0), Action("wait_activations", 1, 0)],
+    ]
+    with pytest.raises(PlanError, match="group 0 waits for ever at 'wait_gradients stage 0 @0'"):
+        simulate(outlines, lists, works)
+
+
+def test_a_work_that_does_not_fit_is_refused() -> None:
+    outlines, works = pipeline(1, 1)
+    with pytest.raises(PlanError, match="no work is known for layer 0"):
+        run(outlines, [replace(works[0], layers={})])
+    with pytest.raises(PlanError, match="the work has 0 units, the outline 1"):
+        run(outlines, [replace(works[0], units=())])
+
+
+def test_a_simulation_says_where_the_time_and_the_memory_go() -> None:
+    found = run(*pipeline(2, 2, messages=True))
+    lines = str(found).splitlines()
+    assert lines[0] == f"simulated step: 11.5 ms, bubble {100 * found.bubble_share:.1f} %"
+    assert len([line for line in lines if line.startswith(("0 ", "1 "))]) == 2
+    assert any("sending gradients: at most 500 µs of a group" in line for line in lines)
+    summary = found.summary()
+    assert summary["groups"][0]["exposed_ms"]["send_gradients"] == pytest.approx(0.5)
+    assert summary["step_ms"] == found.step_ms
