@@ -9,18 +9,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from galvatron_compile.batches import check_batch, flatten_batch, split_batch, take_share
-from galvatron_compile.errors import NonFiniteLossError, PeerError
-from galvatron_compile.executor import Executor
+from galvatron_compile.batches import take_share
+from galvatron_compile.errors import NonFiniteLossError
+from galvatron_compile.executor import Executor, Recorder, run_plainly
 from galvatron_compile.layout import ParameterLayout
+from galvatron_compile.lost_peers import lost_peers
 from galvatron_compile.plans import Plan
 from galvatron_compile.precision import Precision
 from galvatron_compile.seeds import mix
 from galvatron_compile.states import States
+from galvatron_compile.step_inputs import StepInputs
 
 if TYPE_CHECKING:
     from galvatron_compile.contents import Contents
     from galvatron_compile.lowered import LoweredProgram
+    from galvatron_compile.recordings import Recordings
     from galvatron_compile.search_report import SearchReport
 
 
@@ -54,6 +57,7 @@ class ParallelModel:
         self._loss_tp = plan.strategies[-1].tp
         self._device = program.device
         self._executor = Executor(program, lowered.pieces)
+        self._inputs = StepInputs(program, precision)
         self._contents = contents
         held = (program.units, program.buffers, program.tied, contents)
         self._states = States(
@@ -96,10 +100,20 @@ class ParallelModel:
         Raises:
             ShapeError: the batch does not fit; the other ranks raise PeerError.
             NonFiniteLossError: on every rank; gradients of this step are dropped.
+        PeerError: another rank died or hangs; raised when its connection closes, or after the
+            process group's timeout.
             GalvatronError: parameters or buffers were never given values.
         """
+        return self.step_recorded(batch, run_plainly)
+
+    def step_recorded(self, batch: Any, recorder: Recorder) -> torch.Tensor:
+        """:meth:`step` whose actions are run by ``recorder(action, run)``."""
         self._states.check_loaded()
-        inputs = self._prepare(batch)
+        with lost_peers(f"step {self.num_steps + 1}"):
+            return self._step(batch, recorder)
+
+    def _step(self, batch: Any, recorder: Recorder) -> torch.Tensor:
+        inputs = self._inputs.read(batch)
         seeds = [mix(self._seed, self.num_steps, number) for number in range(len(inputs))]
         sums: list[dist.Work | None] = []
         total = torch.zeros((), dtype=torch.float64, device=self._device)
@@ -109,7 +123,7 @@ class ParallelModel:
             total.add_(self._counted(losses))
             sums.append(self._launch_sum(total))
 
-        self._executor.train(self._lowered.training, inputs, seeds, on_last_loss=travels)
+        self._executor.train(self._lowered.training, inputs, seeds, recorder, travels)
         if not sums:
             sums.append(self._launch_sum(total))
         for work in sums:
@@ -133,12 +147,32 @@ class ParallelModel:
     def evaluate(self, batch: Any) -> torch.Tensor:
         """The mean loss of the global batch, without dropout and without gradients."""
         self._states.check_loaded()
-        losses = self._executor.evaluate(self._lowered.evaluation, self._prepare(batch))
-        total = self._counted(losses)
-        work = self._launch_sum(total)
-        if work is not None:
-            work.wait()
+        with lost_peers("evaluation"):
+            losses = self._executor.evaluate(self._lowered.evaluation, self._inputs.read(batch))
+            total = self._counted(losses)
+            work = self._launch_sum(total)
+            if work is not None:
+                work.wait()
         return total.to(self._lowered.loss_dtype)
+
+    def profile(
+        self,
+        batch: Any,
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        warm_up: int = 2,
+        repetitions: int = 3,
+    ) -> Recordings:
+        """Time and memory of every action of a real step on all ranks; every rank must call it.
+
+        See :func:`galvatron_compile.recording.profile`; ``galvatron-compile explain --trace`` lays
+        what it gives beside what was predicted.
+        """
+        from galvatron_compile.recording import profile
+
+        return profile(
+            self, batch, optimizer=optimizer, warm_up=warm_up, repetitions=repetitions
+        )
 
     def _counted(self, losses: list[torch.Tensor]) -> torch.Tensor:
         """Sum of local losses in float64; ranks along the tensor axis count once."""
@@ -150,69 +184,6 @@ class ParallelModel:
 
     def _launch_sum(self, total: torch.Tensor) -> dist.Work | None:
         return dist.all_reduce(total, async_op=True) if self._world_size > 1 else None
-
-    def _prepare(self, batch: Any) -> list[dict[str, torch.Tensor]]:
-        """Micro-batches by name, and the loss's weights summed over them and the data axis.
-
-        The sum also tells every rank whether all batches were good.
-        """
-        micro_batches: list[list[torch.Tensor]] = []
-        local: list[torch.Tensor] = []
-        error: Exception | None = None
-        try:
-            micro_batches = self._micro_batches(batch)
-            local = self._local_denominators(micro_batches)
-        except Exception as caught:  # raised again once the other ranks know
-            error = caught
-        count = self._num_denominators()
-        sums = torch.zeros(count + self._world_size, dtype=torch.float64, device=self._device)
-        if error is not None:
-            sums[count + self._rank] = 1
-        elif local and self._group == 0 and self._position % self._share_ranks == 0:
-            sums[:count] = torch.stack([value.double() for value in local])
-        if self._world_size > 1:
-            dist.all_reduce(sums)
-        self._raise_together(error, sums[count:])
-        names = self._program.inputs.names
-        weights = {
-            f"denominator_{index}": sums[index].to(value.dtype) for index, value in enumerate(local)
-        }
-        return [dict(zip(names, leaves, strict=True)) | weights for leaves in micro_batches]
-
-    def _micro_batches(self, batch: Any) -> list[list[torch.Tensor]]:
-        inputs, plan = self._program.inputs, self.plan
-        leaves = check_batch(
-            flatten_batch(batch, inputs),
-            inputs,
-            plan.global_batch_size // plan.data_size,
-            self._precision,
-            self._device,
-        )
-        return split_batch(leaves, inputs.batch_dims, plan.num_micro_batches)
-
-    def _num_denominators(self) -> int:
-        if self._program.denominators is None:
-            return 0
-        (output,) = self._program.denominators.graph.find_nodes(op="output")
-        return len(output.args[0])
-
-    @torch.no_grad()
-    def _local_denominators(self, micro_batches: list[list[torch.Tensor]]) -> list[torch.Tensor]:
-        if self._program.denominators is None:
-            return []
-        each = [self._program.denominators(*leaves) for leaves in micro_batches]
-        return [torch.stack(list(values)).sum(0) for values in zip(*each, strict=True)]
-
-    def _raise_together(self, error: Exception | None, flags: torch.Tensor) -> None:
-        failed = torch.nonzero(flags).flatten().tolist()
-        if not failed:
-            return
-        message = [f"{type(error).__name__}: {error}"]
-        if self._world_size > 1:
-            dist.broadcast_object_list(message, src=failed[0], device=self._device)
-        if error is not None:
-            raise error
-        raise PeerError(f"rank {failed[0]} failed: {message[0]}")
 
     # Parameters and gradients.
 

@@ -7,7 +7,6 @@ operators slower; the list of actions is the same, so the counts belong to the s
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,7 +20,6 @@ from galvatron_compile import notation
 from galvatron_compile.actions import Action
 from galvatron_compile.clocks import CudaClock, HostClock, agree
 from galvatron_compile.errors import GalvatronError
-from galvatron_compile.executor import Executor, Recorder
 from galvatron_compile.memory_meter import Meter, metering
 from galvatron_compile.parallel_model import ParallelModel
 from galvatron_compile.profiling_machine import device_name
@@ -113,8 +111,7 @@ def record_step(
 
     start_bytes = meter.held_bytes() if meter is not None else None
     start = clock.mark()
-    with _watched(parallel._executor, recorder):
-        parallel.step(batch)
+    parallel.step_recorded(batch, recorder)
     if optimizer is not None:
         recorder(Action(OPTIMIZER, -1), optimizer.step)  # type: ignore[arg-type]  # in no list
     end = clock.mark()
@@ -133,16 +130,6 @@ def record_step(
         ]
     units = tuple(unit.name for unit in parallel._program.units)
     return Recording(parallel._rank, units, tuple(events), rounded[0], rounded[-1], start_bytes)
-
-
-@contextmanager
-def _watched(executor: Executor, recorder: Recorder) -> Iterator[None]:
-    train = functools.partial(executor.train, recorder=recorder)
-    executor.train = train  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del executor.train  # type: ignore[method-assign]  # the class's own is back
 
 
 @contextmanager
