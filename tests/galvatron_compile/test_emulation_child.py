@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import pytest
 from emulated import (
@@ -36,7 +38,10 @@ with emulated_cluster(EmulatedCluster()) as cluster:
 """
 
 
-def launched() -> tuple[subprocess.Popen[str], list[str]]:
+@contextmanager
+def launched() -> Iterator[tuple[subprocess.Popen[str], list[str]]]:
+    """A launcher and those ids. A test that fails leaves no more behind than one that passes."""
+    pids: list[str] = []
     launcher = subprocess.Popen(
         [sys.executable, "-c", LAUNCHER, FAMILY],
         stdout=subprocess.PIPE,
@@ -44,10 +49,17 @@ def launched() -> tuple[subprocess.Popen[str], list[str]]:
         text=True,
     )
     assert launcher.stdout is not None
-    with launcher.stdout:
+    try:
         pids = launcher.stdout.readline().split()
-    assert len(pids) == 5
-    return launcher, pids
+        assert len(pids) == 5
+        yield launcher, pids
+    finally:
+        launcher.kill()
+        launcher.wait()
+        launcher.stdout.close()
+        for pid in alive(pids):
+            with suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
 
 
 def wait_for_the_end_of(pids: list[str]) -> None:
@@ -59,8 +71,7 @@ def wait_for_the_end_of(pids: list[str]) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_nothing_survives_a_killed_launcher(number: signal.Signals) -> None:
-    with nothing_left():
-        launcher, pids = launched()
+    with nothing_left(), launched() as (launcher, pids):
         nodes = {os.readlink(f"/proc/{pid}/ns/net") for pid in pids[:4]}
         assert len(nodes) == 2
         launcher.send_signal(number)
@@ -72,12 +83,9 @@ def test_nothing_survives_a_killed_launcher(number: signal.Signals) -> None:
 
 
 def test_ranks_end_with_a_launcher_whose_guard_was_killed() -> None:
-    launcher, pids = launched()
-    try:
+    """Not so what the ranks have started: that is the guard's to end."""
+    with launched() as (launcher, pids):
         os.kill(int(pids[4]), signal.SIGKILL)
         launcher.kill()
         launcher.wait(timeout=TIMEOUT_S)
         wait_for_the_end_of(pids[:4:2])
-    finally:
-        for pid in pids[1:4:2]:  # what ranks start is the guard's to end, and there is none
-            os.kill(int(pid), signal.SIGKILL)
