@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from galvatron_compile import notation
+from dataclasses import replace
+
+from galvatron_compile import notation, work_json
+from galvatron_compile.actions import LayerOutline, Outline, UnitOutline
 from galvatron_compile.plans import Plan, Stage
 from galvatron_compile.recorded import Event, Recording
 from galvatron_compile.recordings import Recordings
 from galvatron_compile.strategy import Strategy
+from galvatron_compile.work import LayerWork, Phase, SendWork, UnitWork, Work
 
 
 def plan() -> Plan:
     names = ("first", "second")
-    return Plan("", 2, 4, 1, names, (Strategy(),) * 2, (Stage(0, 1), Stage(1, 2)))
+    stages = (Stage(0, 1), Stage(1, 2))
+    return Plan("", 2, 4, 1, names, (Strategy(),) * 2, stages, schedule="gpipe")
 
 
 def pipeline(**changes: object) -> Recordings:
@@ -44,3 +49,39 @@ def pipeline(**changes: object) -> Recordings:
         "recorded_at": "2026-11-25 01:00 UTC", "has_one_clock": True, "all_step_ms": (22.0,),
     }  # fmt: skip
     return Recordings(**{**given, **changes})  # type: ignore[arg-type]
+
+
+def predicted(**changes: object) -> Plan:
+    """The same plan with what its actions are predicted to take, in round numbers."""
+    outlines = tuple(
+        Outline(
+            ((group,),),
+            {group: LayerOutline(name, tuple(range(1 + group)))},
+            tuple(UnitOutline(unit, tied=unit == "embedding") for unit in units),
+            num_micro_batches=1,
+            schedule="gpipe",
+            pp=2,
+            group=group,
+        )
+        for group, (name, units) in enumerate(
+            (("first", ("embedding",)), ("second", ("head", "embedding")))
+        )
+    )
+    works = (
+        Work(
+            {0: LayerWork(Phase(2.0), Phase(4.0), saved_bytes=10, transient_bytes=20)},
+            (UnitWork(reduce_ms=0.5, tied_ms=1.0, parameter_bytes=100),),
+            (SendWork(activations_ms=1.0, activations_bytes=4),),
+            optimizer_ms=1.0,
+            reserve_bytes=7,
+        ),
+        Work(
+            {1: LayerWork(Phase(1.0), Phase(2.0), saved_bytes=5, transient_bytes=9)},
+            (UnitWork(parameter_bytes=40), UnitWork(tied_ms=1.0, parameter_bytes=40)),
+            (SendWork(gradients_ms=1.0, gradients_bytes=4),),
+            optimizer_ms=1.0,
+            reserve_bytes=7,
+        ),
+    )
+    given = {"step_ms": 12.0, work_json.KEY: work_json.dump(outlines, works)}
+    return replace(plan(), predicted={**given, **changes})

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import recorded_by_hand as hand
 import pytest
+import recorded_by_hand as hand
 
 from galvatron_compile.errors import PlanError
 from galvatron_compile.recorded import Event, Recording

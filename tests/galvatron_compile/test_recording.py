@@ -93,14 +93,16 @@ def test_memory_before_the_step_by_hand() -> None:
     assert max(e.held_bytes for e in rank.events if e.kind in COMPUTE) > rank.start_bytes
 
 
-def test_after_a_failed_step_nobody_watches() -> None:
+def test_a_profile_that_fails_puts_gradients_and_steps_back() -> None:
     model = hand.parallel(hand.Net(False))
+    model.step(hand.batch())
+    held = [p.grad for p in model.parameters()]
     bad = hand.batch()
     bad["x"] *= float("nan")
     with pytest.raises(NonFiniteLossError):
         profile(model, bad)
-    assert "train" not in vars(model._executor)
-    assert model.num_steps == 0
+    assert all(p.grad is grad for p, grad in zip(model.parameters(), held, strict=True))
+    assert model.num_steps == 1
 
 
 def test_profiles_of_nothing_are_refused() -> None:
@@ -128,7 +130,7 @@ def pipeline(path: str) -> Recordings:
         plan="dp1; pp=2; micro=4", measure=False,
     )  # fmt: skip
     optimizer = torch.optim.SGD(parallel.parameters(), lr=0.1)
-    recordings = profile(parallel, parallel.local_batch(batch), optimizer=optimizer)
+    recordings = parallel.profile(parallel.local_batch(batch), optimizer=optimizer)
     recordings.check_plan(parallel.plan)
     if torch.distributed.get_rank() == 0:
         recordings.save(Path(path) / "recording.json")
