@@ -10,13 +10,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from galvatron_compile.checkpoint_tensors import GroupTensors
-from galvatron_compile.contents import (
-    Contents,
-    misfits,
-    one_name_each,
-    untied,
-    without_values,
-)
+from galvatron_compile.contents import Contents, misfits, one_name_each, untied, without_values
 from galvatron_compile.entry import Entry
 from galvatron_compile.errors import GalvatronError
 from galvatron_compile.layout import ParameterLayout
