@@ -13,7 +13,7 @@ from torch import Tensor
 from galvatron_compile.actions import Action
 from galvatron_compile.flat import InFlight
 from galvatron_compile.links import Links
-from galvatron_compile.pieces import Piece
+from galvatron_compile.pieces import Piece, apart
 from galvatron_compile.program import Crossing, StageGraph, StageProgram
 from galvatron_compile.seeds import layer_seed
 from galvatron_compile.tied import sum_tied
@@ -184,7 +184,7 @@ class Executor:
         values, given, parameters, seed = self._arguments(layer, batch)
         graph = self.pieces[layer].graph
         outputs = graph.evaluation(*given, *parameters, *graph.buffers, seed)
-        self._take_outputs(layer, batch, values, outputs)
+        self._take_outputs(layer, batch, values, apart(outputs, parameters))
 
     def _take_outputs(
         self, layer: int, batch: int, values: Values, outputs: Sequence[Tensor]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from galvatron_compile.pieces import Gradients, PieceGraph
+from galvatron_compile.pieces import Gradients, PieceGraph, apart
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class LoweredPiece:
         self, values: Sequence[Tensor], parameters: Sequence[Tensor], seed: int
     ) -> tuple[Sequence[Tensor], Any]:
         results = self._forward(values, parameters, seed)
-        outputs = results[: self.num_outputs]
+        outputs = apart(results[: self.num_outputs], parameters)
         if self.graph.recompute:
             return outputs, list(values)
         return outputs, list(results[self.num_outputs :])

@@ -82,6 +82,13 @@ class Piece(Protocol):
         ...
 
 
+def apart(outputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Outputs that look at a parameter's memory (positions, say), copied: ZeRO-3 frees that memory
+    before they are used."""
+    held = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    return [o.clone() if o.untyped_storage().data_ptr() in held else o for o in outputs]
+
+
 @dataclass
 class _Tape:
     """What eager autograd holds of one forward."""
@@ -108,9 +115,9 @@ class EagerPiece:
         if self.graph.recompute:
             with torch.no_grad():
                 outputs = self.graph.module(*inputs, *parameters, *self.graph.buffers, seed)
-            return outputs, _Tape(inputs, ())
+            return apart(outputs, parameters), _Tape(inputs, ())
         tape = self._record(inputs, parameters, seed)
-        return [output.detach() for output in tape.outputs], tape
+        return apart([output.detach() for output in tape.outputs], parameters), tape
 
     def _record(self, inputs: list[Tensor], parameters: Sequence[Tensor], seed: int) -> _Tape:
         with torch.enable_grad():
