@@ -22,8 +22,9 @@ OTHER_PLANS = [
     (2, "all: tp2"),
     (2, "all: dp2.zero1; micro=2"),
     (4, "all: tp2.dp2.zero3; 2: dp4.zero2"),
-    (4, "all: tp2.dp2; 1: dp4.zero3.recompute; micro=2"),
+    (4, "dp2.zero3; pp=2; micro=2"),
 ]
+STAGES = [(2, "dp1; pp=2; micro=2"), (2, "dp2.zero3"), (4, "tp2; pp=2; micro=2; schedule=gpipe")]
 
 
 def tiny(folder: str, plan: str, dropout: float = 0.0, seed: int = 0) -> Any:
@@ -95,20 +96,28 @@ def alike(found: Any, wanted: Any) -> None:
 @pytest.mark.parametrize("background", [False, True])
 def test_it_goes_on_under_five_other_plans(ranks: Any, tmp_path: Path, background: bool) -> None:
     arguments = (MODELS, str(tmp_path), "all: dp2.zero3", 0.0, background)
-    wanted, _ = ranks(2).run(train_and_save, *arguments, timeout_s=300.0)
+    wanted, _ = ranks(2).run(train_and_save, *arguments, timeout_s=500.0)
     assert wanted[0][0] != pytest.approx(wanted[0][-1], rel=1e-3)  # there is something to learn
     for world, plan in OTHER_PLANS[:: 2 if background else 1]:
         arguments = (MODELS, str(tmp_path), plan, 0.0)
         if world == 1:
             found = load_and_go_on(*arguments)
         else:
-            found = ranks(world).run(load_and_go_on, *arguments, timeout_s=300.0)[0]
+            found = ranks(world).run(load_and_go_on, *arguments, timeout_s=500.0)[0]
         alike(found, wanted)
+
+
+def test_stages_are_saved_and_go_on_as_other_stages(ranks: Any, tmp_path: Path) -> None:
+    arguments = (MODELS, str(tmp_path), "all: dp2.zero1; pp=2; micro=2", 0.0, True)
+    wanted = ranks(4).run(train_and_save, *arguments, timeout_s=500.0)[0]
+    for world, plan in STAGES:
+        found = ranks(world).run(load_and_go_on, MODELS, str(tmp_path), plan, 0.0, timeout_s=500.0)
+        alike(found[0], wanted)
 
 
 def test_dropout_goes_on_where_it_was(ranks: Any, tmp_path: Path) -> None:
     arguments = (MODELS, str(tmp_path), "all: dp2.zero3", 0.3)
-    wanted = ranks(2).run(train_and_save, *arguments, False, timeout_s=300.0)[0]
+    wanted = ranks(2).run(train_and_save, *arguments, False, timeout_s=500.0)[0]
     alike(ranks(2).run(load_and_go_on, MODELS, str(tmp_path), "all: dp2.zero1", 0.3)[0], wanted)
 
 
