@@ -77,13 +77,17 @@ def halves(recorded: Recorded, num_values: int, num_parameters: int) -> Halves:
     first = cutter.closed(cutter.needed(found_values) & recorded.backward)
     second = recorded.backward - first - tangents.keys()
     stash = cutter.stash(found_parameters, second)
-    backward_input, kept_input = cutter.half([*found_values, *stash], inside=recorded.backward)
     backward_weight, _ = cutter.half(found_parameters, inside=second, kept=stash)
-    assert set(kept_input) <= set(kept), "the first half of backward reads no more than all of it"
+    all_needed = cutter.needed([*found_values, *found_parameters])
     # Both ways read one kept list, in one order.
-    backward_input, _ = cutter.half(
-        [*found_values, *stash], inside=recorded.backward, kept=kept
+    backward_input, read = cutter.half(
+        [*found_values, *stash],
+        inside=recorded.backward,
+        kept=kept,
+        # Into what the second half reads.
+        also=[node for node in first & all_needed if _mutates(node)],
     )
+    assert set(read) <= set(kept), "the first half of backward reads no more than all of it"
     return Halves(
         forward=cutter.forward(recorded.arguments, [*outputs, *kept]),
         backward=backward,
@@ -151,12 +155,14 @@ class _Cutter:
         *,
         inside: frozenset[fx.Node],
         kept: Sequence[fx.Node] | None = None,
+        also: Sequence[fx.Node] = (),
     ) -> tuple[Half, list[fx.Node]]:
         """The graph that computes ``wanted`` from what is kept, and what that is.
 
-        inside: nodes that it may compute. Views of what is kept are made again.
+        inside: nodes that it may compute. Views of what is kept are made again. also: in-place
+        operators that it runs besides.
         """
-        needed, sources = self._reach(wanted, inside)
+        needed, sources = self._reach([*wanted, *also], inside)
         given = [node for node in self.fixed if node in sources]
         tangents = [node for node in self.tangents if node in sources and node in inside]
         read = [node for node in sources if node not in given and node not in tangents]
