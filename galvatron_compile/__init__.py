@@ -22,8 +22,12 @@ _HOME = {
     "Plan": "galvatron_compile.plans",
     "Strategy": "galvatron_compile.strategy",
     "compile": "galvatron_compile.compiler",
+    "export_safetensors": "galvatron_compile.hugging_face",
+    "load_checkpoint": "galvatron_compile.checkpoint",
+    "load_safetensors": "galvatron_compile.hugging_face",
     "plan": "galvatron_compile.planning",
     "price": "galvatron_compile.planning",
+    "save_checkpoint": "galvatron_compile.checkpoint",
 }
 __all__ = [
     "ClusterProfile",
@@ -32,14 +36,20 @@ __all__ = [
     "Plan",
     "Strategy",
     "compile",
+    "export_safetensors",
+    "load_checkpoint",
+    "load_safetensors",
     "plan",
     "price",
+    "save_checkpoint",
 ]
 
 if TYPE_CHECKING:
+    from galvatron_compile.checkpoint import load_checkpoint, save_checkpoint
     from galvatron_compile.cluster import ClusterProfile
     from galvatron_compile.compiler import compile
     from galvatron_compile.errors import GalvatronError
+    from galvatron_compile.hugging_face import export_safetensors, load_safetensors
     from galvatron_compile.parallel_model import ParallelModel
     from galvatron_compile.planning import plan, price
     from galvatron_compile.plans import Plan
