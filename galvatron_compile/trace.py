@@ -120,7 +120,7 @@ class Trace:
         simulated = self.simulation.groups[group] if self.simulation is not None else None
         mine, theirs = dict(_by_cause(found)), dict(_by_cause(simulated))
         rows = []
-        for name in dict.fromkeys([*_ORDER, *theirs, *mine]):
+        for name in _ORDER:
             predicted = theirs.get(name, 0.0) if simulated is not None else None
             if predicted or mine.get(name):
                 rows.append(Row(name, predicted, mine.get(name, 0.0)))
@@ -152,7 +152,10 @@ def _simulated(plan: Plan, recordings: Recordings) -> Trace:
 _REMEDY = "`galvatron-compile price` gives it what is missing"
 COMPUTATION = "layers"
 OTHER = "between and around the actions"
-_ORDER = (COMPUTATION, *(NAMES[kind] for kind in ("gather", "reduce", "reduce_tensor")))
+COMMUNICATION = (
+    "gather", "reduce", "reduce_tensor", "reduce_tied", "send_activations", "send_gradients",
+)  # fmt: skip
+_ORDER = (COMPUTATION, *(NAMES[kind] for kind in COMMUNICATION), "optimizer", "bubble", OTHER)
 
 
 def has_optimizer(recordings: Recordings) -> bool:

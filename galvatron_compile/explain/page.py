@@ -12,10 +12,12 @@ from pathlib import Path
 import galvatron_compile
 from galvatron_compile import notation
 from galvatron_compile.explain import layers, memory, pipeline, rivals, step_time, tradeoff
+from galvatron_compile.explain import trace as trace_sections
 from galvatron_compile.explain.parts import Section
 from galvatron_compile.plans import Plan
 from galvatron_compile.prediction import Prediction, schedule_name
 from galvatron_compile.quantities import count, duration, percent, size
+from galvatron_compile.trace import Trace
 
 _HERE = Path(__file__).parent
 
@@ -30,8 +32,8 @@ class Figure:
     share: float | None = None
 
 
-def page(plan: Plan) -> str:
-    """A plan as one self-contained HTML page."""
+def page(plan: Plan, trace: Trace | None = None) -> str:
+    """A plan as one self-contained HTML page; with a trace, what was measured beside it."""
     import jinja2  # here: a planner that draws nothing need not pay for it
     from markupsafe import Markup
 
@@ -49,10 +51,10 @@ def page(plan: Plan) -> str:
         title=prediction.model_name or f"Plan for {count(plan.world_size, 'rank')}",
         summary=_summary(plan, prediction),
         warnings=prediction.warnings,
-        figures=_figures(plan, prediction),
+        figures=_figures(plan, prediction) + _measured(trace),
         bound_by=prediction.bound_by,
         hardware=prediction.hardware,
-        sections=_sections(plan, prediction),
+        sections=_sections(plan, prediction, trace),
         notation=notation.format(plan),
         sources=prediction.sources,
         version=galvatron_compile.__version__,
@@ -60,8 +62,9 @@ def page(plan: Plan) -> str:
     )
 
 
-def _sections(plan: Plan, prediction: Prediction) -> tuple[Section, ...]:
+def _sections(plan: Plan, prediction: Prediction, trace: Trace | None) -> tuple[Section, ...]:
     return (
+        *(trace_sections.sections(trace) if trace is not None else ()),
         step_time.section(plan, prediction),
         memory.section(plan, prediction),
         layers.section(plan, prediction),
@@ -86,6 +89,19 @@ def _summary(plan: Plan, prediction: Prediction) -> str:
     parts.append(count(plan.num_micro_batches, "micro-batch", "micro-batches"))
     parts.append(count(len(plan.layers), "layer"))
     return " · ".join(parts)
+
+
+def _measured(trace: Trace | None) -> list[Figure]:
+    """The headline's numbers of a real step."""
+    if trace is None:
+        return []
+    row = trace.rows[0]
+    peaks = [peak.measured for peak in trace.peaks if peak.measured is not None]
+    beside = f"{row.ratio:.2f} of the simulated step" if row.ratio is not None else "no prediction"
+    figures = [Figure("measured step", duration(trace.recordings.step_ms), beside)]
+    if peaks:
+        figures.append(Figure("measured peak of a rank", size(max(peaks)), "of tensors alone"))
+    return figures
 
 
 def _figures(plan: Plan, prediction: Prediction) -> list[Figure]:

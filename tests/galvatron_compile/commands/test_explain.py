@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import example_plans
 import pytest
+import recorded_by_hand
 import typer
 from rich.console import Console
 from typer.testing import CliRunner
@@ -81,3 +83,72 @@ def test_comparison_is_tables_on_a_terminal() -> None:
     assert "─" in text
     assert "• micro-batches 16 → 32" in text
     assert "pipeline bubble" in text
+
+
+@pytest.fixture
+def recorded(tmp_path: Path) -> tuple[Path, Path]:
+    plan, recording = tmp_path / "plan.json", tmp_path / "recording.json"
+    recorded_by_hand.predicted().save(plan)
+    recorded_by_hand.pipeline().save(recording)
+    return plan, recording
+
+
+def test_a_recording_is_laid_beside_the_prediction(
+    app: typer.Typer, recorded: tuple[Path, Path], tmp_path: Path
+) -> None:
+    plan, recording = recorded
+    page, events, picture = (tmp_path / name for name in ("p.html", "p.json", "p.png"))
+    wanted = ["--trace", recording, "--out", page, "--trace-json", events, "--trace-png", picture]
+    done = RUNNER.invoke(app, ["explain", str(plan), *map(str, wanted)])
+    assert done.exit_code == 0, done.output
+    assert done.output.splitlines() == [f"written to {path}" for path in (page, events, picture)]
+    assert "predicted 13.5 ms, measured 22.0 ms" in page.read_text(encoding="utf-8")
+    assert json.loads(events.read_text(encoding="utf-8"))["traceEvents"]
+    assert picture.stat().st_size > 0
+
+
+def test_what_a_plan_does_not_predict_is_said(
+    app: typer.Typer, recorded: tuple[Path, Path]
+) -> None:
+    plan, recording = recorded
+    recorded_by_hand.plan().save(plan)
+    done = RUNNER.invoke(app, ["explain", str(plan), "--trace", str(recording)])
+    assert done.exit_code == 0, done.output
+    assert "The plan predicts nothing" in done.output
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "recording is not valid JSON"),
+        ("[1]", "recording must be an object"),
+        ("{}", "this is not a recording"),
+        (None, "there is no recording at"),
+    ],
+)
+def test_bad_recordings_are_refused(
+    app: typer.Typer, recorded: tuple[Path, Path], text: str | None, message: str
+) -> None:
+    plan, recording = recorded
+    recording.unlink() if text is None else recording.write_text(text, encoding="utf-8")
+    done = RUNNER.invoke(app, ["explain", str(plan), "--trace", str(recording)])
+    assert done.exit_code == 2
+    assert message in done.output
+    assert "recording.json" in done.output
+    assert not plan.with_suffix(".html").exists()
+
+
+def test_a_recording_of_another_plan_is_refused(
+    app: typer.Typer, recorded: tuple[Path, Path], plans: tuple[Path, Path]
+) -> None:
+    done = RUNNER.invoke(app, ["explain", str(plans[0]), "--trace", str(recorded[1])])
+    assert done.exit_code == 2
+    assert "the recording is of another plan: dp1; stages=1,1; schedule=gpipe" in done.output
+
+
+def test_traces_without_a_recording_are_refused(
+    app: typer.Typer, recorded: tuple[Path, Path], tmp_path: Path
+) -> None:
+    done = RUNNER.invoke(app, ["explain", str(recorded[0]), "--trace-json", str(tmp_path / "x")])
+    assert done.exit_code == 2
+    assert "name it with --trace" in done.output

@@ -1,0 +1,338 @@
+"""Predicted and measured: both timelines on one axis, both memories, and where the time went."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import NamedTuple
+
+from galvatron_compile.explain import svg
+from galvatron_compile.explain.parts import Column, Grid, Key, Section, numbers
+from galvatron_compile.explain.pipeline import COLOURS
+from galvatron_compile.explain.streams import BENEATH, Window
+from galvatron_compile.plans import Stage
+from galvatron_compile.prediction import stage_noun
+from galvatron_compile.quantities import count, duration, percent, size
+from galvatron_compile.timeline import NAMES, Held, Span, blocks
+from galvatron_compile.trace import OTHER, Row, Trace, has_optimizer
+
+TITLE = "Predicted and measured"
+MEMORY_TITLE = "Memory, predicted and measured"
+_LEFT, _TOP = 148.0, 20.0
+_BAR, _WITH_TIPS = 5.0, 3_000
+_DIGIT, _WIDE = 6.2, 7.5  # advances of small print, and of labels with some air
+_CURVE, _CURVE_GAP = 64.0, 22.0
+_CURVES = ("curve", "curve measured")
+_LONG_TABLE = 24
+
+
+class Line(NamedTuple):
+    """A timeline of one group, predicted or measured: its boxes with the chunk they belong to, and
+    what runs beside them."""
+
+    group: int
+    label: str
+    boxes: list[tuple[Span, int]]
+    beside: tuple[Span, ...]
+
+
+def sections(trace: Trace) -> tuple[Section, ...]:
+    keys = _keys(trace)
+    first = Section(
+        TITLE,
+        _lead(trace),
+        _timelines(trace),
+        keys,
+        (_table(trace.rows),),
+        tuple(_notes(trace)),
+    )
+    return first, _memory(trace), _by_group(trace)
+
+
+def _lead(trace: Trace) -> str:
+    step = trace.rows[0]
+    batches = count(trace.plan.num_micro_batches, "micro-batch", "micro-batches")
+    if step.predicted is None or step.measured is None or step.ratio is None:
+        measured = duration(trace.recordings.step_ms)
+        return f"{batches} on the clock: the step took {measured}. {trace.missing}"
+    apart = step.ratio - 1
+    far = f"{percent(abs(apart))} {'more' if apart > 0 else 'less'} than predicted"
+    text = (
+        f"{batches} on one axis: predicted {duration(step.predicted)}, measured "
+        f"{duration(step.measured)}, {far}."
+    )
+    widest = max(trace.rows[1:], key=lambda row: abs((row.measured or 0) - (row.predicted or 0)))
+    gap = (widest.measured or 0.0) - (widest.predicted or 0.0)
+    if abs(gap) > 0.01 * step.predicted:
+        direction = "more" if gap > 0 else "less"
+        text += f" The greatest difference is in {widest.name}: {duration(abs(gap))} {direction}."
+    return text + (f" {trace.missing}" if trace.missing else "")
+
+
+def _notes(trace: Trace) -> list[str]:
+    recordings = trace.recordings
+    steps = recordings.all_step_ms
+    notes = [
+        f"Measured on {recordings.hardware} with torch {recordings.torch} at "
+        f"{recordings.recorded_at}: the median of {count(len(steps), 'step')} "
+        f"({duration(min(steps))} to {duration(max(steps))}) after {recordings.warm_up} to warm "
+        "up. Times of the table are means over all ranks, which add up to the step."
+    ]
+    if recordings.group_size > 1:
+        ranks = ", ".join(str(trace.measured(g).rank) for g in range(trace.num_groups))
+        whose = f"every {stage_noun(trace.plan)}'s" if trace.num_groups > 1 else "the"
+        notes.append(f"Measured is drawn for {whose} rank that computed longest: {ranks}.")
+    notes.append(
+        "Thin bars are communication: measured from its start to the end of the wait for it, which "
+        "may be later than its arrival. A layer's own collectives are part of the layer."
+    )
+    if not has_optimizer(recordings):
+        notes.append(
+            "The optimizer was not recorded (profile takes one), and is left out on both sides."
+        )
+    if not recordings.has_one_clock:
+        notes.append(
+            "Ranks read different clocks, which were compared by messages: rows may be shifted "
+            "against each other by the time of one."
+        )
+    return notes
+
+
+# The timelines.
+
+
+def _timelines(trace: Trace) -> str:
+    num = trace.num_groups
+    box = 22.0 if num <= 6 else 14.0 if num <= 16 else 8.0
+    found = lines(trace)
+    window = Window(0.0, trace.total_ms, _LEFT, svg.WIDTH)
+    few = sum(len(line.boxes) for line in found) <= _WITH_TIPS
+    parts, top, small = [], _TOP, " small" if box < 12 else ""
+    for before, line in zip([found[0], *found], found, strict=False):
+        top += (9.0 if box > 12 else 3.0) * (line.group - before.group)
+        parts.append(svg.rect(_LEFT, top, svg.WIDTH - _LEFT, box, "idle"))
+        parts += (_separate if few else _merged)(line, window, top, box)
+        parts += _bars(line.beside, window, top + box + 1.5)
+        parts.append(svg.text(_LEFT - 10, top + box / 2, line.label, f"label{small}", "end"))
+        top += box + _BAR + 5
+    parts += _axis(window, top) + _ends(trace, window, top)
+    return svg.figure(top + 26, parts, f"{TITLE}: timelines of {count(num, 'group')}")
+
+
+def lines(trace: Trace) -> list[Line]:
+    """Of every group what was predicted, if anything was, and under it what was measured."""
+    plan, found = trace.plan, []
+    stages = plan.stages or (Stage(0, len(plan.layers)),)
+    chunk_of = [i // plan.pp for i, s in enumerate(stages) for _ in range(s.first, s.last)]
+    for group in range(trace.num_groups):
+        for what, spans in zip(("predicted", "measured"), trace.spans(group), strict=True):
+            if spans:
+                boxes = blocks(_closed(spans, trace.total_ms / svg.WIDTH), chunk_of)
+                beside = tuple(span for span in spans if span.stream != "compute")
+                found.append(Line(group, f"{trace.who(group)} {what}", boxes, beside))
+    return found
+
+
+def _closed(spans: Sequence[Span], gap_ms: float) -> list[Span]:
+    """Compute spans without the gaps between them that are narrower than can be seen."""
+    computed = [span for span in spans if span.stream == "compute"]
+    for place, (one, two) in enumerate(pairwise(list(computed))):
+        if two.start_ms - one.end_ms < gap_ms:
+            computed[place] = replace(one, end_ms=two.start_ms)
+    return computed
+
+
+def _separate(line: Line, window: Window, top: float, height: float) -> list[str]:
+    parts = []
+    for span, chunk in line.boxes:
+        left, right = window.x(span.start_ms), window.x(span.end_ms)
+        width = max(right - left - 0.6, 0.4)
+        colour = f"{COLOURS[span.kind]}{' pale' if chunk % 2 else ''}"
+        what = "" if span.micro_batch < 0 else f" of micro-batch {span.micro_batch}"
+        took = duration(span.end_ms - span.start_ms)
+        tip = f"{line.label}: {NAMES[span.kind]}{what}, {duration(span.start_ms)} on, for {took}"
+        parts.append(svg.rect(left, top, width, height, colour, tip))
+        label = str(span.micro_batch)
+        if span.micro_batch >= 0 and height >= 12 and len(label) * _DIGIT + 2 <= width:
+            place = left + width / 2, top + height / 2
+            parts.append(svg.text(*place, label, f"on-{colour}", "middle"))
+    return parts
+
+
+def _merged(line: Line, window: Window, top: float, height: float) -> list[str]:
+    found = defaultdict[str, list[tuple[float, float, float, float]]](list)
+    for span, chunk in line.boxes:
+        left, right = window.x(span.start_ms), window.x(span.end_ms)
+        colour = f"{COLOURS[span.kind]}{' pale' if chunk % 2 else ''}"
+        found[colour].append((left, top, max(right - left - 0.3, 0.3), height))
+    return [svg.rects(boxes, colour) for colour, boxes in found.items()]
+
+
+def _bars(spans: Sequence[Span], window: Window, top: float) -> list[str]:
+    parts = []
+    for kind, (colour, _) in BENEATH.items():
+        boxes = []
+        for span in spans:
+            if span.kind.startswith(kind):
+                left, right = window.x(span.start_ms), window.x(span.end_ms)
+                boxes.append((left, top, max(right - left, 0.4), _BAR))
+        parts.append(svg.rects(boxes, colour))
+    return parts
+
+
+def _axis(window: Window, bottom: float) -> list[str]:
+    scale, unit = (1_000.0, "s") if window.end_ms >= 2_000 else (1.0, "ms")
+    parts = []
+    for value in svg.ticks(0.0, window.end_ms / scale, 7):
+        x = window.x(value * scale)
+        parts.append(svg.line(x, bottom, x, bottom + 5, "tick"))
+        anchor = "start" if x < window.left + 20 else "end" if x > window.right - 20 else "middle"
+        label = f"{value:,.3f}".rstrip("0").rstrip(".")
+        parts.append(svg.text(x, bottom + 15, f"{label or '0'} {unit}", "axis", anchor))
+    return parts
+
+
+def _ends(trace: Trace, window: Window, bottom: float) -> list[str]:
+    """Where the step ends on both sides; the later end is the end of the axis."""
+    step = trace.rows[0]
+    both = [("predicted", step.predicted), ("measured", step.measured)]
+    ends = sorted((end_ms, what) for what, end_ms in both if end_ms is not None)
+    parts, room = [], svg.WIDTH
+    for end_ms, what in reversed(ends):
+        x = window.x(end_ms)
+        label = f"{what} {duration(end_ms)}"
+        place = min(x, room)
+        width = len(label) * _WIDE
+        anchor = "end" if place - width > _LEFT else "start"
+        parts.append(svg.line(x, 15, x, bottom, "end-mark"))
+        parts.append(svg.text(place, 8, label, "axis", anchor))
+        room = place - width
+    return parts
+
+
+def _keys(trace: Trace) -> tuple[Key, ...]:
+    both = [trace.spans(group) for group in range(trace.num_groups)]
+    kinds = {span.kind for pair in both for spans in pair for span in spans}
+    names = dict(NAMES)
+    if "recompute" in kinds:
+        kinds.add("backward")
+        names["backward"] = "backward, forward again included"
+    keys = [Key(COLOURS[kind], names[kind]) for kind in COLOURS if kind in kinds]
+    present = {kind.split("_")[0] for kind in kinds}
+    keys += [Key(*BENEATH[kind]) for kind in BENEATH if kind in present]
+    return (*keys, Key("idle", "nothing computed"))
+
+
+# Memory.
+
+
+def _memory(trace: Trace) -> Section:
+    peaks = trace.peaks
+    if all(row.measured is None for row in peaks):
+        return Section(MEMORY_TITLE, "The recording has no memory.")
+    greatest = max(value for row in peaks for value in row[1:] if value is not None)
+    window = Window(0.0, trace.total_ms, _LEFT, svg.WIDTH)
+    ends = trace.rows[0][1:]
+    parts, top = [], 8.0
+    for group, row in enumerate(peaks):
+        floor = top + _CURVE
+        parts.append(svg.line(_LEFT, floor, svg.WIDTH, floor, "grid"))
+        parts.append(svg.line(_LEFT, top, svg.WIDTH, top, "grid"))
+        for steps, colour, end_ms in zip(trace.memory(group), _CURVES, ends, strict=True):
+            if steps:
+                corners = [*steps, Held(end_ms or 0.0, steps[-1].num_bytes)]
+                parts.append(svg.polyline(_stairs(corners, window, floor, greatest), colour))
+        parts.append(svg.text(_LEFT - 10, top, size(greatest), "axis", "end"))
+        parts.append(svg.text(_LEFT - 10, top + _CURVE / 2, row.name, "label", "end"))
+        parts.append(svg.text(_LEFT - 10, floor, "0", "axis", "end"))
+        top = floor + _CURVE_GAP
+    parts += _axis(window, top - 6)
+    reserve = max(trace.reserve_bytes, default=0)
+    notes = ["What tensors take, counted in a step of its own, where every operator is slower."]
+    if reserve:
+        notes.append(
+            f"The framework's reserve ({size(reserve)}) is left out of the prediction: a recording "
+            "cannot see it."
+        )
+    return Section(
+        MEMORY_TITLE,
+        _memory_lead(peaks),
+        svg.figure(top + 18, parts, MEMORY_TITLE),
+        (Key("line-predicted", "predicted"), Key("line-measured", "measured")),
+        (_table(peaks, memory=True),) if len(peaks) > 1 else (),
+        tuple(notes),
+    )
+
+
+def _stairs(
+    steps: Sequence[Held], window: Window, floor: float, greatest: float
+) -> list[tuple[float, float]]:
+    """Corners of the steps; of those in half a unit of width the highest and the last."""
+    columns: dict[int, list[float]] = {}
+    for held in steps:
+        height = _CURVE * held.num_bytes / greatest
+        columns.setdefault(int(2 * window.x(held.time_ms)), []).append(floor - height)
+    corners: list[tuple[float, float]] = []
+    for column, heights in columns.items():
+        if corners:
+            corners.append((column / 2, corners[-1][1]))
+        corners += [(column / 2, y) for y in dict.fromkeys((min(heights), heights[-1]))]
+    return corners
+
+
+def _memory_lead(peaks: Sequence[Row]) -> str:
+    worst = max(peaks, key=lambda row: row.measured or 0.0)
+    assert worst.measured is not None
+    who = "Every rank holds" if len(peaks) == 1 else f"{worst.name.capitalize()} holds the most:"
+    text = f"{who} {size(worst.measured)} at its peak"
+    if worst.predicted is None or worst.ratio is None:
+        return f"{text}; the plan predicts no memory over time."
+    apart = worst.ratio - 1
+    return (
+        f"{text}, {percent(abs(apart))} {'more' if apart > 0 else 'less'} than the predicted "
+        f"{size(worst.predicted)}."
+    )
+
+
+# Tables.
+
+
+def _table(rows: Sequence[Row], memory: bool = False) -> Grid:
+    scale, unit = (2.0**20, "MiB") if memory else (1.0, "ms")
+    both = numbers([value for row in rows for value in row[1:]], scale)
+    cells = tuple(
+        (row.name, *both[2 * place : 2 * place + 2], _ratio(row)) for place, row in enumerate(rows)
+    )
+    columns = (
+        Column("peak of" if memory else "cause"),
+        Column(f"predicted {unit}", "number"),
+        Column(f"measured {unit}", "number"),
+        Column("measured / predicted", "number"),
+    )
+    return Grid(columns, cells, emphasised=None if memory else 0)
+
+
+def _ratio(row: Row) -> str:
+    return "–" if row.ratio is None else f"{row.ratio:.2f}"
+
+
+def _by_group(trace: Trace) -> Section:
+    rows = [(group, row) for group in range(trace.num_groups) for row in trace.causes(group)]
+    both = numbers([value for _, row in rows for value in row[1:]])
+    cells = [
+        (trace.who(group), row.name, *both[2 * place : 2 * place + 2], _ratio(row))
+        for place, (group, row) in enumerate(rows)
+    ]
+    columns = (
+        Column("where"), Column("cause"), Column("predicted ms", "number"),
+        Column("measured ms", "number"), Column("measured / predicted", "number"),
+    )  # fmt: skip
+    folded = f"All {count(len(cells), 'row')}" if len(cells) > _LONG_TABLE else ""
+    return Section(
+        "Where the time goes, predicted and measured",
+        f"One rank of every {stage_noun(trace.plan)}. {OTHER.capitalize()} lie reading the batch, "
+        "the loss and the loop that runs the actions, which are not predicted.",
+        tables=(Grid(columns, tuple(cells), folded=folded),),
+    )
