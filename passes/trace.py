@@ -56,8 +56,9 @@ def trace(piece: PieceGraph, arguments: Sequence[Tensor], wanted: Sequence[bool]
     except UnsupportedError:
         raise
     except Exception as error:
+        what = str(error).strip().split("\n", 1)[0]  # behind it is the interpreter's state
         raise UnsupportedError(
-            f"layer {piece.name!r} cannot be traced: {type(error).__name__}: {error}"
+            f"layer {piece.name!r} cannot be traced: {type(error).__name__}: {what}"
         ) from error
 
 
@@ -77,7 +78,7 @@ def _trace(piece: PieceGraph, arguments: Sequence[Tensor], wanted: Sequence[bool
         leaves, outputs = _run(piece, given, wanted)
         graph = recorded_graph()
         assert graph is not None, "joint runs while it is recorded"
-        boundary.append(next(reversed(graph.nodes)))
+        boundary.append(next(iter(reversed(graph.nodes))))
         ends = [output for output in outputs if output.requires_grad]
         inputs = [leaf for leaf in leaves if leaf.requires_grad]
         found: Sequence[Tensor | None] = []
