@@ -167,14 +167,18 @@ def _key(graph: PieceGraph, arguments: Sequence[Tensor], wanted: Sequence[bool])
 
 
 def _text(module: fx.GraphModule) -> list[str]:
+    """The graph with numbers for the names of its nodes, which differ from layer to layer."""
     lines = []
+    number = {node: f"%{place}" for place, node in enumerate(module.graph.nodes)}
     for node in module.graph.nodes:
-        lines.append(f"{node.name} {node.op} {full_name(node.target)} {node.args} {node.kwargs}")
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: number[source])
+        name = full_name(node.target) if node.op in ("call_function", "call_method") else ""
+        lines.append(f"{node.op} {name} {args} {kwargs}")
         if node.op == "call_module":
             inner = module.get_submodule(str(node.target))
             lines += _text(inner) if isinstance(inner, fx.GraphModule) else [str(id(inner))]
         elif node.op == "get_attr":
             value = getattr(module, str(node.target))
-            if isinstance(value, Axis):
-                lines.append(f"{value.name} {value.size} {value.index}")
+            is_axis = isinstance(value, Axis)
+            lines.append(f"{value.name} {value.size} {value.index}" if is_axis else str(id(value)))
     return lines
