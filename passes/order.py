@@ -123,7 +123,7 @@ def _with_parameters(outline: Outline, computed: list[Action]) -> Iterator[Actio
     """Gathers one use ahead of their need; ZeRO-3 units are freed between uses that are apart."""
     needs = [_needed(outline, action) for action in computed]
     uses = [place for place, units in enumerate(needs) if units]
-    following = dict(zip(uses, [*uses[1:], len(computed)], strict=True))
+    following = dict(zip(uses, [*uses[1:], len(computed)], strict=False))  # none without units
     held = _Held(outline)
     refresh = deque(dict.fromkeys(u for units in needs for u in units if _persistent(outline, u)))
     for place, action in enumerate(computed):
