@@ -23,7 +23,7 @@ MEMORY_TITLE = "Memory, predicted and measured"
 _LEFT, _TOP = 148.0, 20.0
 _BAR, _WITH_TIPS = 5.0, 3_000
 _DIGIT, _WIDE = 6.2, 7.5  # advances of small print, and of labels with some air
-_CURVE, _CURVE_GAP = 64.0, 22.0
+_CURVE_GAP = 22.0
 _CURVES = ("curve", "curve measured")
 _LONG_TABLE = 24
 
@@ -145,6 +145,8 @@ def _closed(spans: Sequence[Span], gap_ms: float) -> list[Span]:
 
 
 def _separate(line: Line, window: Window, top: float, height: float) -> list[str]:
+    # All of a kind have numbers or none.
+    room = max(len(str(span.micro_batch)) for span, _ in line.boxes) * _DIGIT + 1
     parts = []
     for span, chunk in line.boxes:
         left, right = window.x(span.start_ms), window.x(span.end_ms)
@@ -154,10 +156,9 @@ def _separate(line: Line, window: Window, top: float, height: float) -> list[str
         took = duration(span.end_ms - span.start_ms)
         tip = f"{line.label}: {NAMES[span.kind]}{what}, {duration(span.start_ms)} on, for {took}"
         parts.append(svg.rect(left, top, width, height, colour, tip))
-        label = str(span.micro_batch)
-        if span.micro_batch >= 0 and height >= 12 and len(label) * _DIGIT + 2 <= width:
+        if span.micro_batch >= 0 and height >= 12 and room <= width:
             place = left + width / 2, top + height / 2
-            parts.append(svg.text(*place, label, f"on-{colour}", "middle"))
+            parts.append(svg.text(*place, str(span.micro_batch), f"on-{colour}", "middle"))
     return parts
 
 
@@ -235,20 +236,25 @@ def _memory(trace: Trace) -> Section:
     greatest = max(value for row in peaks for value in row[1:] if value is not None)
     window = Window(0.0, trace.total_ms, _LEFT, svg.WIDTH)
     ends = trace.rows[0][1:]
+    curve = 64.0 if len(peaks) <= 4 else 36.0
     parts, top = [], 8.0
     for group, row in enumerate(peaks):
-        floor = top + _CURVE
+        floor = top + curve
         parts.append(svg.line(_LEFT, floor, svg.WIDTH, floor, "grid"))
         parts.append(svg.line(_LEFT, top, svg.WIDTH, top, "grid"))
         for steps, colour, end_ms in zip(trace.memory(group), _CURVES, ends, strict=True):
             if steps:
-                corners = [*steps, Held(end_ms or 0.0, steps[-1].num_bytes)]
-                parts.append(svg.polyline(_stairs(corners, window, floor, greatest), colour))
+                held = [*steps, Held(end_ms or 0.0, steps[-1].num_bytes)]
+                corners = _stairs(held, window, floor, curve / greatest)
+                parts.append(svg.polyline(corners, colour))
         parts.append(svg.text(_LEFT - 10, top, size(greatest), "axis", "end"))
-        parts.append(svg.text(_LEFT - 10, top + _CURVE / 2, row.name, "label", "end"))
+        parts.append(svg.text(_LEFT - 10, top + curve / 2, row.name, "label", "end"))
         parts.append(svg.text(_LEFT - 10, floor, "0", "axis", "end"))
         top = floor + _CURVE_GAP
     parts += _axis(window, top - 6)
+    keys = [Key("line-measured", "measured")]
+    if any(row.predicted is not None for row in peaks):
+        keys.insert(0, Key("line-predicted", "predicted"))
     reserve = max(trace.reserve_bytes, default=0)
     notes = ["What tensors take, counted in a step of its own, where every operator is slower."]
     if reserve:
@@ -260,20 +266,20 @@ def _memory(trace: Trace) -> Section:
         MEMORY_TITLE,
         _memory_lead(peaks),
         svg.figure(top + 18, parts, MEMORY_TITLE),
-        (Key("line-predicted", "predicted"), Key("line-measured", "measured")),
+        tuple(keys),
         (_table(peaks, memory=True),) if len(peaks) > 1 else (),
         tuple(notes),
     )
 
 
 def _stairs(
-    steps: Sequence[Held], window: Window, floor: float, greatest: float
+    steps: Sequence[Held], window: Window, floor: float, scale: float
 ) -> list[tuple[float, float]]:
     """Corners of the steps; of those in half a unit of width the highest and the last."""
     columns: dict[int, list[float]] = {}
     for held in steps:
-        height = _CURVE * held.num_bytes / greatest
-        columns.setdefault(int(2 * window.x(held.time_ms)), []).append(floor - height)
+        height = floor - scale * held.num_bytes
+        columns.setdefault(int(2 * window.x(held.time_ms)), []).append(height)
     corners: list[tuple[float, float]] = []
     for column, heights in columns.items():
         if corners:
