@@ -18,7 +18,10 @@ from galvatron_compile.constraints import Constraints
 from galvatron_compile.costs import LayerCost
 from galvatron_compile.findings import predicted
 from galvatron_compile.models import DecoderShape, load_shape
+from galvatron_compile.passes.lower import lower
+from galvatron_compile.passes.order import order
 from galvatron_compile.passes.plan_prices import family_of
+from galvatron_compile.passes.rewrite import make_mesh, rewrite
 from galvatron_compile.passes.stage_work import stage_work
 from galvatron_compile.plans import Plan, Stage
 from galvatron_compile.schedules import why_not
@@ -124,6 +127,24 @@ def test_units_are_those_of_the_runtime() -> None:
     assert all(not unit.shared for unit in (*first.units, *last.units))
     ms = {unit.tied_ms for work in works for unit in work.units if unit.tied_ms}
     assert len(ms) == 1, "both ends of a sum over stages take as long"
+
+
+@pytest.mark.parametrize("text", [*PLANS, "dp2.zero3; pp=2; micro=4"])
+def test_the_list_that_is_simulated_is_the_list_that_runs(text: str) -> None:
+    """The outline from the plan alone against that of the lowered program, on a rank a group."""
+    plan, _, outlines, _ = parts(text)
+    costs = study().pricer.costs
+    for predicted_outline in outlines:
+        rank = predicted_outline.group * RANKS // plan.pp
+        mesh = make_mesh(costs.layered, plan, RANKS, rank, dry=True)
+        precision = costs.workload.precision
+        program = rewrite(
+            costs.layered, plan, mesh, costs.shardings, precision, torch.device("cpu")
+        )
+        runs = lower(program).outline
+        assert predicted_outline.units == runs.units
+        assert predicted_outline.chunks == runs.chunks
+        assert order(predicted_outline) == order(runs)
 
 
 def test_messages_cross_cuts_alone_and_wires_are_shared_within_a_tier() -> None:
