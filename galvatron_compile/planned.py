@@ -22,13 +22,17 @@ class Alternative:
     why: str
     name: str = ""
 
-    def behind_percent(self, best_ms: float) -> float:
-        return 100 * (float(self.plan.predicted["step_ms"]) / best_ms - 1)
+    def behind_percent(self, best: Plan) -> float:
+        """By simulation where both were simulated, which is what plans are ranked by."""
+        both = all("simulated_ms" in plan.predicted for plan in (self.plan, best))
+        key = "simulated_ms" if both else "step_ms"
+        return 100 * (float(self.plan.predicted[key]) / float(best.predicted[key]) - 1)
 
 
 @dataclass(frozen=True)
 class Planned:
-    """plan: the optimum, ``predicted`` filled in. alternatives: the next best pipelines, each with
+    """plan: the best of the few that the closed form is best for, or of the baselines, in
+    simulation, ``predicted`` filled in. alternatives: the next best pipelines, each with
     its own optimal strategies. baselines: what people use, under the same model; plan None and
     ``why`` where none fits. rejected: (family, why). search_s: CPU seconds of the search alone;
     costs_s: of capturing and pricing."""
@@ -70,6 +74,8 @@ class Planned:
 
     def __str__(self) -> str:
         parts = [describe(self.plan), self._others()]
+        if ranking := self.plan.predicted.get("ranking"):
+            parts.append(ranking)
         if self.rejected:
             lines = [f"  {family}: {why}" for family, why in self.rejected]
             parts.append("why other families lost\n" + "\n".join(lines))
@@ -85,15 +91,14 @@ class Planned:
 
     def _others(self) -> str:
         """The best plan, the next pipelines and the baselines, in one table."""
-        best_ms = float(self.plan.predicted["step_ms"])
         best_row = ["1", "best plan", _step(self.plan), _simulated(self.plan), ""]
         rows = [[*best_row, notation.format(self.plan)]]
         for rank, other in enumerate(self.alternatives, 2):
-            behind = f"{other.behind_percent(best_ms):+.1f} %"
+            behind = f"{other.behind_percent(self.plan):+.1f} %"
             numbers = [_step(other.plan), _simulated(other.plan), behind]
             rows.append([str(rank), "", *numbers, _short(other)])
         for other in self.baselines:
-            behind = f"{other.behind_percent(best_ms):+.1f} %"
+            behind = f"{other.behind_percent(self.plan):+.1f} %"
             numbers = [_step(other.plan), _simulated(other.plan), behind]
             rows.append(["", other.name, *numbers, _short(other)])
         for name, why in self.unfit_baselines:
