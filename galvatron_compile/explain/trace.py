@@ -2,40 +2,23 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
-from itertools import pairwise
-from typing import NamedTuple
 
 from galvatron_compile.explain import svg
 from galvatron_compile.explain.parts import Column, Grid, Key, Section, numbers
 from galvatron_compile.explain.pipeline import COLOURS
 from galvatron_compile.explain.streams import BENEATH, Window
-from galvatron_compile.plans import Stage
+from galvatron_compile.explain.trace_lines import LEFT, axis, timelines
 from galvatron_compile.prediction import stage_noun
 from galvatron_compile.quantities import count, duration, percent, size
-from galvatron_compile.timeline import NAMES, Held, Span, blocks
+from galvatron_compile.timeline import NAMES, Held
 from galvatron_compile.trace import OTHER, Row, Trace, has_optimizer
 
 TITLE = "Predicted and measured"
 MEMORY_TITLE = "Memory, predicted and measured"
-_LEFT, _TOP = 148.0, 20.0
-_BAR, _WITH_TIPS = 5.0, 3_000
-_DIGIT, _WIDE = 6.2, 7.5  # advances of small print, and of labels with some air
 _CURVE_GAP = 22.0
 _CURVES = ("curve", "curve measured")
 _LONG_TABLE = 24
-
-
-class Line(NamedTuple):
-    """A timeline of one group, predicted or measured: its boxes with the chunk they belong to, and
-    what runs beside them."""
-
-    group: int
-    label: str
-    boxes: list[tuple[Span, int]]
-    beside: tuple[Span, ...]
 
 
 def sections(trace: Trace) -> tuple[Section, ...]:
@@ -43,7 +26,7 @@ def sections(trace: Trace) -> tuple[Section, ...]:
     first = Section(
         TITLE,
         _lead(trace),
-        _timelines(trace),
+        timelines(trace),
         keys,
         (_table(trace.rows),),
         tuple(_notes(trace)),
@@ -100,119 +83,6 @@ def _notes(trace: Trace) -> list[str]:
     return notes
 
 
-# The timelines.
-
-
-def _timelines(trace: Trace) -> str:
-    num = trace.num_groups
-    box = 22.0 if num <= 6 else 14.0 if num <= 16 else 8.0
-    found = lines(trace)
-    window = Window(0.0, trace.total_ms, _LEFT, svg.WIDTH)
-    few = sum(len(line.boxes) for line in found) <= _WITH_TIPS
-    parts, top, small = [], _TOP, " small" if box < 12 else ""
-    for before, line in zip([found[0], *found], found, strict=False):
-        top += (9.0 if box > 12 else 3.0) * (line.group - before.group)
-        parts.append(svg.rect(_LEFT, top, svg.WIDTH - _LEFT, box, "idle"))
-        parts += (_separate if few else _merged)(line, window, top, box)
-        parts += _bars(line.beside, window, top + box + 1.5)
-        parts.append(svg.text(_LEFT - 10, top + box / 2, line.label, f"label{small}", "end"))
-        top += box + _BAR + 5
-    parts += _axis(window, top) + _ends(trace, window, top)
-    return svg.figure(top + 26, parts, f"{TITLE}: timelines of {count(num, 'group')}")
-
-
-def lines(trace: Trace) -> list[Line]:
-    """Of every group what was predicted, if anything was, and under it what was measured."""
-    plan, found = trace.plan, []
-    stages = plan.stages or (Stage(0, len(plan.layers)),)
-    chunk_of = [i // plan.pp for i, s in enumerate(stages) for _ in range(s.first, s.last)]
-    for group in range(trace.num_groups):
-        for what, spans in zip(("predicted", "measured"), trace.spans(group), strict=True):
-            if spans:
-                boxes = blocks(_closed(spans, trace.total_ms / svg.WIDTH), chunk_of)
-                beside = tuple(span for span in spans if span.stream != "compute")
-                found.append(Line(group, f"{trace.who(group)} {what}", boxes, beside))
-    return found
-
-
-def _closed(spans: Sequence[Span], gap_ms: float) -> list[Span]:
-    """Compute spans without the gaps between them that are narrower than can be seen."""
-    computed = [span for span in spans if span.stream == "compute"]
-    for place, (one, two) in enumerate(pairwise(list(computed))):
-        if two.start_ms - one.end_ms < gap_ms:
-            computed[place] = replace(one, end_ms=two.start_ms)
-    return computed
-
-
-def _separate(line: Line, window: Window, top: float, height: float) -> list[str]:
-    # All of a kind have numbers or none.
-    room = max(len(str(span.micro_batch)) for span, _ in line.boxes) * _DIGIT + 1
-    parts = []
-    for span, chunk in line.boxes:
-        left, right = window.x(span.start_ms), window.x(span.end_ms)
-        width = max(right - left - 0.6, 0.4)
-        colour = f"{COLOURS[span.kind]}{' pale' if chunk % 2 else ''}"
-        what = "" if span.micro_batch < 0 else f" of micro-batch {span.micro_batch}"
-        took = duration(span.end_ms - span.start_ms)
-        tip = f"{line.label}: {NAMES[span.kind]}{what}, {duration(span.start_ms)} on, for {took}"
-        parts.append(svg.rect(left, top, width, height, colour, tip))
-        if span.micro_batch >= 0 and height >= 12 and room <= width:
-            place = left + width / 2, top + height / 2
-            parts.append(svg.text(*place, str(span.micro_batch), f"on-{colour}", "middle"))
-    return parts
-
-
-def _merged(line: Line, window: Window, top: float, height: float) -> list[str]:
-    found = defaultdict[str, list[tuple[float, float, float, float]]](list)
-    for span, chunk in line.boxes:
-        left, right = window.x(span.start_ms), window.x(span.end_ms)
-        colour = f"{COLOURS[span.kind]}{' pale' if chunk % 2 else ''}"
-        found[colour].append((left, top, max(right - left - 0.3, 0.3), height))
-    return [svg.rects(boxes, colour) for colour, boxes in found.items()]
-
-
-def _bars(spans: Sequence[Span], window: Window, top: float) -> list[str]:
-    parts = []
-    for kind, (colour, _) in BENEATH.items():
-        boxes = []
-        for span in spans:
-            if span.kind.startswith(kind):
-                left, right = window.x(span.start_ms), window.x(span.end_ms)
-                boxes.append((left, top, max(right - left, 0.4), _BAR))
-        parts.append(svg.rects(boxes, colour))
-    return parts
-
-
-def _axis(window: Window, bottom: float) -> list[str]:
-    scale, unit = (1_000.0, "s") if window.end_ms >= 2_000 else (1.0, "ms")
-    parts = []
-    for value in svg.ticks(0.0, window.end_ms / scale, 7):
-        x = window.x(value * scale)
-        parts.append(svg.line(x, bottom, x, bottom + 5, "tick"))
-        anchor = "start" if x < window.left + 20 else "end" if x > window.right - 20 else "middle"
-        label = f"{value:,.3f}".rstrip("0").rstrip(".")
-        parts.append(svg.text(x, bottom + 15, f"{label or '0'} {unit}", "axis", anchor))
-    return parts
-
-
-def _ends(trace: Trace, window: Window, bottom: float) -> list[str]:
-    """Where the step ends on both sides; the later end is the end of the axis."""
-    step = trace.rows[0]
-    both = [("predicted", step.predicted), ("measured", step.measured)]
-    ends = sorted((end_ms, what) for what, end_ms in both if end_ms is not None)
-    parts, room = [], svg.WIDTH
-    for end_ms, what in reversed(ends):
-        x = window.x(end_ms)
-        label = f"{what} {duration(end_ms)}"
-        place = min(x, room)
-        width = len(label) * _WIDE
-        anchor = "end" if place - width > _LEFT else "start"
-        parts.append(svg.line(x, 15, x, bottom, "end-mark"))
-        parts.append(svg.text(place, 8, label, "axis", anchor))
-        room = place - width
-    return parts
-
-
 def _keys(trace: Trace) -> tuple[Key, ...]:
     both = [trace.spans(group) for group in range(trace.num_groups)]
     kinds = {span.kind for pair in both for spans in pair for span in spans}
@@ -234,24 +104,24 @@ def _memory(trace: Trace) -> Section:
     if all(row.measured is None for row in peaks):
         return Section(MEMORY_TITLE, "The recording has no memory.")
     greatest = max(value for row in peaks for value in row[1:] if value is not None)
-    window = Window(0.0, trace.total_ms, _LEFT, svg.WIDTH)
+    window = Window(0.0, trace.total_ms, LEFT, svg.WIDTH)
     ends = trace.rows[0][1:]
     curve = 64.0 if len(peaks) <= 4 else 36.0
     parts, top = [], 8.0
     for group, row in enumerate(peaks):
         floor = top + curve
-        parts.append(svg.line(_LEFT, floor, svg.WIDTH, floor, "grid"))
-        parts.append(svg.line(_LEFT, top, svg.WIDTH, top, "grid"))
+        parts.append(svg.line(LEFT, floor, svg.WIDTH, floor, "grid"))
+        parts.append(svg.line(LEFT, top, svg.WIDTH, top, "grid"))
         for steps, colour, end_ms in zip(trace.memory(group), _CURVES, ends, strict=True):
             if steps:
                 held = [*steps, Held(end_ms or 0.0, steps[-1].num_bytes)]
                 corners = _stairs(held, window, floor, curve / greatest)
                 parts.append(svg.polyline(corners, colour))
-        parts.append(svg.text(_LEFT - 10, top, size(greatest), "axis", "end"))
-        parts.append(svg.text(_LEFT - 10, top + curve / 2, row.name, "label", "end"))
-        parts.append(svg.text(_LEFT - 10, floor, "0", "axis", "end"))
+        parts.append(svg.text(LEFT - 10, top, size(greatest), "axis", "end"))
+        parts.append(svg.text(LEFT - 10, top + curve / 2, row.name, "label", "end"))
+        parts.append(svg.text(LEFT - 10, floor, "0", "axis", "end"))
         top = floor + _CURVE_GAP
-    parts += _axis(window, top - 6)
+    parts += axis(window, top - 6)
     keys = [Key("line-measured", "measured")]
     if any(row.predicted is not None for row in peaks):
         keys.insert(0, Key("line-predicted", "predicted"))

@@ -8,7 +8,7 @@ from typing import Any
 from galvatron_compile.errors import UnsupportedError
 from galvatron_compile.explain.pipeline import COLOURS
 from galvatron_compile.explain.streams import BENEATH
-from galvatron_compile.explain.trace import lines
+from galvatron_compile.explain.trace_lines import lines
 from galvatron_compile.quantities import duration, size
 from galvatron_compile.timeline import NAMES
 from galvatron_compile.trace import Trace

@@ -13,7 +13,8 @@ import recorded_by_hand as hand
 from galvatron_compile.errors import UnsupportedError
 from galvatron_compile.explain import page
 from galvatron_compile.explain.svg import WIDTH
-from galvatron_compile.explain.trace import lines, sections
+from galvatron_compile.explain.trace import sections
+from galvatron_compile.explain.trace_lines import lines
 from galvatron_compile.explain.trace_png import draw
 from galvatron_compile.recorded import Recording
 from galvatron_compile.trace import Trace
