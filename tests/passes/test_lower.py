@@ -21,6 +21,7 @@ from galvatron_compile.executor import Executor
 from galvatron_compile.graph import LayeredGraph
 from galvatron_compile.lowered import LoweredProgram
 from galvatron_compile.lowered_piece import LoweredPiece
+from galvatron_compile.parallel_model import ParallelModel
 from galvatron_compile.passes.lower import Traced, lower
 from galvatron_compile.passes.rewrite import make_mesh, rewrite
 from galvatron_compile.passes.sharding.table import ShardingTable, shard
@@ -201,3 +202,48 @@ def test_a_backward_graph_is_what_a_person_would_write(net: LayeredGraph) -> Non
     assert not any("detach" in target or "alias" in target for target in targets)
     assert piece.graphs.value_gradients == (True,)
     assert piece.graphs.parameter_gradients == (True,) * 5
+
+
+class _Looks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        assert gradient.sum().item() < 1e9
+        return gradient
+
+
+class Stubborn(nn.Module):
+    """A layer whose backward looks at a number."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Any, *others: Any) -> Any:
+        return self.layer(_Looks.apply(x), *others)
+
+
+def test_a_layer_that_cannot_be_traced_runs_eagerly_and_is_named(net: LayeredGraph) -> None:
+    plan = notation.parse("dp1; micro=2", [layer.name for layer in net.layers], 1, BATCH)
+    program = program_of(net, shard(net, set(plan.strategies)), plan, rank=0)
+    ids = torch.arange(2 * BATCH).reshape(BATCH, 2) % 6
+    batch = {"ids": ids, "labels": ids.roll(1, 1)}
+    wanted = train(lower(program), batch)
+    layers = program.stages[0].module.get_submodule("layers")
+    layers.add_module("1", Stubborn(layers.get_submodule("1")))
+    lowered = lower(program)
+    kinds = {layer: type(piece) for layer, piece in lowered.pieces.items()}
+    assert kinds == {0: LoweredPiece, 1: EagerPiece, 2: LoweredPiece, 3: LoweredPiece}
+    (remark,) = lowered.remarks
+    assert "layer 'blocks.0' cannot be traced" in remark
+    assert "_local_scalar_dense" in remark
+    assert remark.endswith("it runs under eager autograd")
+    assert "\n" not in remark and len(remark) < 200
+    got = train(lowered, batch)
+    torch.testing.assert_close(got[0], wanted[0], rtol=1e-12, atol=0)
+    for one, other in zip(got[1], wanted[1], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+    assert "layer 'blocks.0'" in ParallelModel(lowered, Precision()).report()
