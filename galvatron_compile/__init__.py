@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "CheckpointError": "galvatron_compile.errors",
     "ClusterProfile": "galvatron_compile.cluster",
     "GalvatronError": "galvatron_compile.errors",
     "ParallelModel": "galvatron_compile.parallel_model",
@@ -30,6 +31,7 @@ _HOME = {
     "save_checkpoint": "galvatron_compile.checkpoint",
 }
 __all__ = [
+    "CheckpointError",
     "ClusterProfile",
     "GalvatronError",
     "ParallelModel",
@@ -48,7 +50,7 @@ if TYPE_CHECKING:
     from galvatron_compile.checkpoint import load_checkpoint, save_checkpoint
     from galvatron_compile.cluster import ClusterProfile
     from galvatron_compile.compiler import compile
-    from galvatron_compile.errors import GalvatronError
+    from galvatron_compile.errors import CheckpointError, GalvatronError
     from galvatron_compile.hugging_face import export_safetensors, load_safetensors
     from galvatron_compile.parallel_model import ParallelModel
     from galvatron_compile.planning import plan, price

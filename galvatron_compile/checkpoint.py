@@ -74,7 +74,7 @@ def save_checkpoint(
         CheckpointError: on every rank; it cannot be saved.
         PeerError: another rank has ended or does not answer.
     """
-    states, ranks = parallel._states, Ranks.of_job()
+    states, ranks = parallel.states, Ranks.of_job()
     saver = states.saver = states.saver or Saver()
     saver.settle()
     if keep is not None and keep < 1:
@@ -101,7 +101,7 @@ def _contents(
     dtypes = states.dtypes()
     manifest = Manifest(
         num_steps=parallel.num_steps,
-        seed=parallel._seed,
+        seed=parallel.seed,
         model=parallel.plan.model,
         plan=notation.format(parallel.plan),
         world_size=ranks.world_size,
@@ -143,7 +143,7 @@ def load_checkpoint(
             damaged or incomplete, of a newer format, of another model or another optimizer.
         PeerError: another rank has ended or does not answer.
     """
-    states, ranks = parallel._states, Ranks.of_job()
+    states, ranks = parallel.states, Ranks.of_job()
     if states.saver is not None:
         states.saver.settle()
     directory, manifest = ranks.first(lambda: _find(Path(path)))
@@ -164,7 +164,7 @@ def load_checkpoint(
         states.take(name, tensor)
     if takes is not None:
         takes.apply(tensors)
-    parallel.num_steps, parallel._seed = manifest.num_steps, manifest.seed
+    parallel.num_steps, parallel.seed = manifest.num_steps, manifest.seed
     states.broken = ""
     if "random" in blobs:
         _set_random_states(blobs["random"])

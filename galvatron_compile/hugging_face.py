@@ -59,7 +59,7 @@ def export_safetensors(
         CheckpointError: on every rank; it cannot be written.
         PeerError: another rank has ended or does not answer.
     """
-    states, ranks = parallel._states, Ranks.of_job()
+    states, ranks = parallel.states, Ranks.of_job()
     ranks.each(states.check_loaded)
     dtypes = states.dtypes()
     shards = ranks.own(lambda: _shards(states, dtypes, dtype, max_shard_bytes, rename))
@@ -196,7 +196,7 @@ def load_safetensors(
         CheckpointError: on every rank, before anything is changed: there is no such file, one is
             damaged or lacks, or names or shapes are not the model's (they are listed).
     """
-    states, ranks = parallel._states, Ranks.of_job()
+    states, ranks = parallel.states, Ranks.of_job()
     with ExitStack() as stack:
         source = Source(stack)
         ranks.first(lambda: source.open(Path(path), rename))

@@ -48,7 +48,7 @@ class ParallelModel:
         contents: Contents | None = None,
     ) -> None:
         self._lowered, self._program = lowered, lowered.program
-        self._precision, self._seed = precision, seed
+        self._precision, self.seed = precision, seed
         self.search = search
         program, plan, mesh = lowered.program, lowered.program.plan, lowered.program.mesh
         self._world_size, self._rank = mesh.world_size, mesh.rank
@@ -60,7 +60,7 @@ class ParallelModel:
         self._inputs = StepInputs(program, precision)
         self._contents = contents
         held = (program.units, program.buffers, program.tied, contents)
-        self._states = States(
+        self.states = States(
             *held,
             unloaded=program.unloaded,
             device=self._device,
@@ -108,13 +108,13 @@ class ParallelModel:
 
     def step_recorded(self, batch: Any, recorder: Recorder) -> torch.Tensor:
         """:meth:`step` whose actions are run by ``recorder(action, run)``."""
-        self._states.check_loaded()
+        self.states.check_loaded()
         with lost_peers(f"step {self.num_steps + 1}"):
             return self._step(batch, recorder)
 
     def _step(self, batch: Any, recorder: Recorder) -> torch.Tensor:
         inputs = self._inputs.read(batch)
-        seeds = [mix(self._seed, self.num_steps, number) for number in range(len(inputs))]
+        seeds = [mix(self.seed, self.num_steps, number) for number in range(len(inputs))]
         sums: list[dist.Work | None] = []
         total = torch.zeros((), dtype=torch.float64, device=self._device)
 
@@ -146,7 +146,7 @@ class ParallelModel:
     @torch.no_grad()
     def evaluate(self, batch: Any) -> torch.Tensor:
         """The mean loss of the global batch, without dropout and without gradients."""
-        self._states.check_loaded()
+        self.states.check_loaded()
         with lost_peers("evaluation"):
             losses = self._executor.evaluate(self._lowered.evaluation, self._inputs.read(batch))
             total = self._counted(losses)
@@ -189,7 +189,7 @@ class ParallelModel:
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """This rank's parts of the parameters under their original names, tied ones once."""
-        for entry in self._states.entries:
+        for entry in self.states.entries:
             yield entry.name, entry.master
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
@@ -213,7 +213,7 @@ class ParallelModel:
         """
         square = torch.zeros((), dtype=torch.float64, device=self._device)
         gradients = []
-        for entry in self._states.entries:
+        for entry in self.states.entries:
             gradient = entry.master.grad
             if gradient is None:
                 continue
@@ -239,22 +239,22 @@ class ParallelModel:
 
         Plain tensors in a job of one process. Collective where a layout must be converted.
         """
-        return self._states.sharded()
+        return self.states.sharded()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take a dict from :meth:`state_dict` that a checkpoint filled. GalvatronError by name.
 
         It may hold buffers besides that the model's state dict leaves out, the same on every rank.
         """
-        self._states.load_sharded(state)
+        self.states.load_sharded(state)
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         """The model's own state dict, on the CPU of rank 0; {} elsewhere. Every rank calls it."""
-        return self._states.full()
+        return self.states.full()
 
     def full_gradients(self) -> dict[str, torch.Tensor]:
         """Whole gradients by name, on the CPU of rank 0; {} elsewhere. Every rank calls it."""
-        return self._states.full_gradients()
+        return self.states.full_gradients()
 
     def load_full_state_dict(self, state: Mapping[str, torch.Tensor] | None) -> None:
         """Take whole tensors from rank 0 (what other ranks pass is not read); all ranks call it.
@@ -264,7 +264,7 @@ class ParallelModel:
         Raises GalvatronError on every rank, by name, if something is missing, unexpected, of
         another shape, or tied and unequal.
         """
-        self._states.load_full(state)
+        self.states.load_full(state)
 
     # Texts.
 

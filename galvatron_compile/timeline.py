@@ -12,10 +12,10 @@ from functools import cached_property
 from typing import Literal, NamedTuple
 
 from galvatron_compile import work_json
-from galvatron_compile.actions import COMPUTE, LayerOutline, Outline, UnitOutline
+from galvatron_compile.actions import COMPUTE, LayerOutline, Outline
 from galvatron_compile.plans import Plan, Stage
 from galvatron_compile.prediction import Prediction
-from galvatron_compile.work import LayerWork, Phase, SendWork, UnitWork, Work
+from galvatron_compile.work import LayerWork, Phase, SendWork, Work
 
 Stream = Literal["compute", "communication", "messages"]
 STREAMS: tuple[Stream, ...] = ("compute", "communication", "messages")
@@ -188,14 +188,13 @@ def by_stage(plan: Plan, times: StageTimes) -> work_json.Groups:
     """Every stage as one layer, named by its first, that needs nothing gathered or summed."""
     stages = plan.stages or (Stage(0, len(plan.layers)),)
     last = len(stages) - 1
-    unit = UnitOutline("a stage", trainable=False, gathers=False)  # a list needs some parameters
     outlines, works = [], []
     for group in range(plan.pp):
         mine = range(group, len(stages), plan.pp)
-        layers = {stages[s].first: LayerOutline(f"stage {s}", (0,)) for s in mine}
+        layers = {stages[s].first: LayerOutline(f"stage {s}") for s in mine}
         chunks = tuple((stages[s].first,) for s in mine)
         count = plan.num_micro_batches
-        outlines.append(Outline(chunks, layers, (unit,), count, plan.schedule, plan.pp, group))
+        outlines.append(Outline(chunks, layers, (), count, plan.schedule, plan.pp, group))
         work = {
             stages[s].first: LayerWork(Phase(times.forward_ms[s]), Phase(times.backward_ms[s]))
             for s in mine
@@ -204,7 +203,7 @@ def by_stage(plan: Plan, times: StageTimes) -> work_json.Groups:
             SendWork(times.p2p_ms * (s < last), times.p2p_ms * (s > 0)) for s in mine
         )
         once_ms = times.step_once_ms[group]
-        works.append(Work(work, (UnitWork(),), sends, once_ms))
+        works.append(Work(work, (), sends, once_ms))
     return tuple(outlines), tuple(works)
 
 

@@ -115,13 +115,13 @@ class Messages:
         apart = stage_ranks
         if stage_ranks * pp > self.cluster.ranks_per_node:
             apart = max(apart, self.cluster.ranks_per_node)  # some cut lies between nodes
-        sent, returned = self._bytes_carried(class_index, sharded)
+        sent, returned = self.bytes_carried(class_index, sharded)
         return (
             self.cluster.group_ms("p2p", sent * local, 2, apart),
             self.cluster.group_ms("p2p", returned * local, 2, apart),
         )
 
-    def _bytes_carried(self, class_index: int, sharded: ShardedLayer) -> tuple[float, float]:
+    def bytes_carried(self, class_index: int, sharded: ShardedLayer) -> tuple[float, float]:
         """Bytes of outputs and of inputs of one sample on one rank."""
         key = (class_index, sharded.tp, sharded.sequence_parallel)
         if key not in self._carried:

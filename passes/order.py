@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 
 from galvatron_compile.actions import COMPUTE, Action, Outline
 from galvatron_compile.schedules import actions as schedule_actions
@@ -123,7 +124,7 @@ def _with_parameters(outline: Outline, computed: list[Action]) -> Iterator[Actio
     """Gathers one use ahead of their need; ZeRO-3 units are freed between uses that are apart."""
     needs = [_needed(outline, action) for action in computed]
     uses = [place for place, units in enumerate(needs) if units]
-    following = dict(zip(uses, [*uses[1:], len(computed)], strict=False))  # none without units
+    following = dict(pairwise([*uses, len(computed)]))
     held = _Held(outline)
     refresh = deque(dict.fromkeys(u for units in needs for u in units if _persistent(outline, u)))
     for place, action in enumerate(computed):
@@ -132,11 +133,11 @@ def _with_parameters(outline: Outline, computed: list[Action]) -> Iterator[Actio
             yield action
             continue
         yield from held.gather(units)
-        while refresh and held.num_gathering < MAX_IN_FLIGHT:
-            yield from held.gather([refresh.popleft()])
         after = following[place]
         ahead = needs[after] if after < len(computed) else ()
         yield from held.gather(unit for unit in ahead if outline.units[unit].zero == 3)
+        while refresh and held.num_gathering < MAX_IN_FLIGHT:
+            yield from held.gather([refresh.popleft()])
         yield from held.wait(units)
         yield action
         yield from held.free(unit for unit in units if unit not in ahead and _freed(outline, unit))

@@ -266,7 +266,7 @@ class _Group:
         index, strategy = self.layered.layers[layer].class_index, self.plan.strategies[layer]
         sharded = self.costs.shardings.get(index, strategy)
         local = self.costs.local_batch(strategy, self.plan.num_micro_batches)
-        sent, returned = self.costs.messages._bytes_carried(index, sharded)
+        sent, returned = self.costs.messages.bytes_carried(index, sharded)
         return int(sent * local), int(returned * local)
 
     def _wires(self) -> tuple[set[bool], set[bool], set[bool]]:

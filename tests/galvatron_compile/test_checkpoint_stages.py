@@ -88,7 +88,7 @@ def made(setup: str, values: dict[str, torch.Tensor]) -> Any:
 
 def adam(parallel: Any) -> torch.optim.Optimizer:
     decays, rest = [], []
-    for entry in parallel._states.entries:
+    for entry in parallel.states.entries:
         (decays if entry.name in ("tied", "a.wide") else rest).append(entry.master)
     groups = [{"params": decays, "weight_decay": 0.3}, {"params": rest, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=0.05)
@@ -98,7 +98,7 @@ def step(parallel: Any, optimizer: Any) -> None:
     """One optimizer step with gradients made from the number of steps; none for b.bias."""
     parallel.num_steps += 1
     gradients = whole(100 + parallel.num_steps)
-    for entry in parallel._states.entries:
+    for entry in parallel.states.entries:
         if entry.name != "b.bias":
             entry.master.grad = entry.take(gradients[entry.name]).clone()
     optimizer.step()
@@ -121,7 +121,7 @@ def alone(steps: int) -> dict[str, torch.Tensor]:
 
 def check(parallel: Any, wanted: dict[str, torch.Tensor]) -> None:
     """On rank 0 all values, elsewhere none; and every copy of what is tied."""
-    states = parallel._states
+    states = parallel.states
     found = states.full()
     names = [*PARAMETERS, "shift", "also"]
     assert list(found) == (names if states.rank == 0 else [])
@@ -134,7 +134,7 @@ def check(parallel: Any, wanted: dict[str, torch.Tensor]) -> None:
 
 def whole_tensors(setup: str) -> None:
     parallel = made(setup, whole(1))
-    states = parallel._states
+    states = parallel.states
     check(parallel, whole(1))
     gradients = whole(2)
     for entry in states.entries:
@@ -161,12 +161,12 @@ def test_whole_tensors_come_from_and_go_to_every_stage(ranks: Any, setup: str) -
 
 def by_hand(path: str) -> None:
     """``state_dict`` and ``load_state_dict`` with torch.distributed.checkpoint itself."""
-    dcp.save(made("two stages", whole(1))._states.sharded(), checkpoint_id=path)
+    dcp.save(made("two stages", whole(1)).states.sharded(), checkpoint_id=path)
     for setup in ("turned", "four stages", "one stage"):
         parallel = made(setup, whole(2))
-        state = parallel._states.sharded()
+        state = parallel.states.sharded()
         dcp.load(state, checkpoint_id=path)
-        parallel._states.load_sharded(state)
+        parallel.states.load_sharded(state)
         check(parallel, whole(1))
 
 
@@ -203,7 +203,7 @@ def load(path: str, setup: str) -> None:
     step(parallel, optimizer)
     check(parallel, alone(4))
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(optimizer.state) + (
-        "b.bias" in parallel._states.by_name
+        "b.bias" in parallel.states.by_name
     )
 
 
@@ -222,8 +222,8 @@ def test_any_stages_load_any_others_with_the_optimizer(
 
 def differing(path: str, kind: str) -> None:
     parallel = made("two stages", whole(1))
-    masters = [entry.master for entry in parallel._states.entries]
-    late = parallel._states.group == 1
+    masters = [entry.master for entry in parallel.states.entries]
+    late = parallel.states.group == 1
     if kind == "options":
         optimizer = torch.optim.SGD(masters, lr=0.1 + late)
     else:

@@ -412,7 +412,7 @@ def dropout(folder: str) -> None:
 def agree_on_replicated(parallel: Any) -> None:
     """Parameters that both tensor ranks hold whole have one gradient: their masks were equal."""
     count = 0
-    for entry in parallel._states.entries:
+    for entry in parallel.states.entries:
         if not entry.layout.tensor.is_shard:
             gradients = [torch.empty_like(entry.master.grad) for _ in range(2)]
             dist.all_gather(gradients, entry.master.grad.contiguous())
@@ -464,7 +464,7 @@ def drop(plan: str) -> dict[str, torch.Tensor]:
     parallel = compiled(Drops(0.0 if "sp" in plan else 0.5), batch, plan=plan)
     parallel.step(parallel.local_batch(batch))
     if plan == "tp2":
-        for entry in parallel._states.entries:
+        for entry in parallel.states.entries:
             if not entry.layout.tensor.is_shard:
                 each = [torch.empty_like(entry.master.grad) for _ in range(2)]
                 dist.all_gather(each, entry.master.grad.contiguous())
