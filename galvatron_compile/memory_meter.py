@@ -29,12 +29,13 @@ class Meter(Protocol):
 
 
 class MemoryMeter(TorchDispatchMode):
-    """Live bytes of all storages on the CPU that operators of this thread touched while it was on,
-    and of those that were registered.
+    """Live bytes of all storages on the CPU that operators of this thread made while it was on, and
+    of those that were registered.
 
     Storages, so that views count once, and a buffer that is resized in place has its new size from
     the next operator that touches it on, or from the next question. Nothing is kept alive. Tensors
-    that other threads make and what communication libraries allocate are not seen.
+    of other threads and of communication libraries do not count, even where an operator reads them
+    (gloo sums in copies of its own).
     """
 
     def __init__(self) -> None:
@@ -44,7 +45,9 @@ class MemoryMeter(TorchDispatchMode):
 
     def register(self, tensors: Iterable[Tensor]) -> None:
         """Count what was there before: parameters, buffers, optimizer state, the batch."""
-        self._look(tensors)
+        for storage in _storages(tensors):
+            self._count(storage)
+        self._peak = max(self._peak, self._total)
 
     def held_bytes(self) -> int:
         storages = [reference() for reference, _ in self._known.values()]
@@ -62,15 +65,13 @@ class MemoryMeter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        leaves, _ = flatten_tree((args, kwargs, result))
-        self._look(leaf for leaf in leaves if isinstance(leaf, Tensor))
-        return result
-
-    def _look(self, tensors: Iterable[Tensor]) -> None:
-        for tensor in tensors:
-            if tensor.layout is torch.strided:
-                self._count(tensor.untyped_storage())
+        given = _storages(_tensors((args, kwargs)))
+        places = {id(storage) for storage in given}
+        made = [s for s in _storages(_tensors(result)) if id(s) not in places]
+        for storage in (*(s for s in given if id(s) in self._known), *made):
+            self._count(storage)
         self._peak = max(self._peak, self._total)
+        return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         if storage.device.type != "cpu":  # that of a fake tensor is on the meta device
@@ -87,6 +88,15 @@ class MemoryMeter(TorchDispatchMode):
 
     def _forget(self, key: int) -> None:
         self._total -= self._known.pop(key)[1]
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    leaves, _ = flatten_tree(tree)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def _storages(tensors: Iterable[Tensor]) -> list[torch.UntypedStorage]:
+    return [t.untyped_storage() for t in tensors if t.layout is torch.strided]
 
 
 class CudaMeter:

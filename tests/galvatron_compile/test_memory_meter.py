@@ -79,6 +79,18 @@ def test_backward_is_seen_and_nothing_is_kept_alive() -> None:
     assert meter.held_bytes() == 4 * KIB
 
 
+def test_what_was_there_before_counts_only_if_it_is_registered() -> None:
+    mine, foreign = kib(4), kib(8)
+    meter = MemoryMeter()
+    meter.register([mine])
+    with meter:
+        mine.copy_(foreign[: mine.numel()])
+        foreign.add_(1)
+        assert meter.held_bytes() == 4 * KIB
+        assert (foreign + 1).numel() == foreign.numel()
+        assert meter.take_peak_bytes() == 12 * KIB
+
+
 def test_only_memory_of_this_device_counts() -> None:
     with metering(torch.device("cpu"), []) as meter:
         on_meta = torch.zeros(100, device="meta") + 1
