@@ -139,23 +139,29 @@ class FlatBucket:
         """Start to bring every working tensor up to date with the masters of all data ranks."""
         if self.is_alias:
             return
-        storage = self.buffer.untyped_storage()
-        storage.resize_(self.buffer.numel() * self.buffer.element_size())
         source = self.master.to(self.buffer.dtype)
         if self.parts == 1:
+            self._make_room()
             self.buffer.copy_(source)
             return
         single = len(self.slots) == 1  # its region is the gathered tensor itself
+        if single:
+            self._make_room()
         target = self.buffer if single else self.buffer.new_empty(self.parts * self.shard_numel)
         work = None
         if self.data.group is not None:
             work = _gather(target, source, group=self.data.group, async_op=True)
 
         def complete(source: torch.Tensor = source) -> None:
-            if not single:
+            if not single:  # not before: one of the two is enough while the collective is under way
+                self._make_room()
                 self._copy_out(target.view(self.parts, self.shard_numel))
 
         self.gathering = InFlight(work, complete)
+
+    def _make_room(self) -> None:
+        storage = self.buffer.untyped_storage()
+        storage.resize_(self.buffer.numel() * self.buffer.element_size())
 
     def wait_gather(self) -> None:
         if self.gathering is not None:
