@@ -51,6 +51,7 @@ class Setting:
     precision: Precision
     memory_limit_bytes: int | None
     measure: bool
+    ranks_per_core: float = 1.0
 
     @property
     def memory_bytes(self) -> int:
@@ -128,6 +129,7 @@ def _staged(
         estimator.tallies,
         memory_bytes=setting.memory_bytes,
         fingerprint=fingerprint(layered),
+        ranks_per_core=setting.ranks_per_core,
     )
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import atexit
 import os
+import platform
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -77,6 +80,21 @@ class Job:
         dist.all_gather_object(values, value)
         return values  # type: ignore[return-value]
 
+    def ranks_per_core(self) -> float:
+        """How many threads of ranks there are for a core of the fullest machine; at least 1.
+
+        1 on GPUs. Collective. Ranks that see one kernel's boot id share a machine, whatever their
+        network says; their cores are all that any of them may use.
+        """
+        if self.device.type != "cpu" or self.world_size == 1:
+            return 1.0
+        ranks: dict[str, int] = defaultdict(int)
+        cores: dict[str, set[int]] = defaultdict(set)
+        for machine, allowed, threads in self.gather(_machine()):
+            ranks[machine] += threads
+            cores[machine] |= set(allowed)
+        return max(1.0, *(ranks[machine] / len(cores[machine]) for machine in ranks))
+
     def _check_same(self, texts: list[str | None]) -> None:
         for rank, text in enumerate(texts):
             if text != texts[0]:
@@ -84,6 +102,15 @@ class Job:
                     f"rank {rank} differs from rank 0: {text!r} against {texts[0]!r}; give every "
                     "rank the same model, example shapes, cluster profile and arguments"
                 )
+
+
+def _machine() -> tuple[str, tuple[int, ...], int]:
+    """Which machine this is, the cores that this process may use, and its threads."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    name = boot.read_text().strip() if boot.exists() else platform.node()
+    affinity = getattr(os, "sched_getaffinity", None)
+    allowed = affinity(0) if affinity else range(os.cpu_count() or 1)
+    return name, tuple(sorted(allowed)), torch.get_num_threads()
 
 
 def join() -> torch.device:

@@ -52,6 +52,7 @@ class _Walk:
 
     def __init__(self, groups: Sequence[Group]) -> None:
         self.groups, self.pp = groups, len(groups)
+        self.crowded = any(group.work.ranks_per_core > 1 for group in groups)
         self.now = 0.0
         self.events: list[tuple[float, int, Job, int]] = []  # (time, tie-break, job, version)
         self.numbers = count()
@@ -81,12 +82,21 @@ class _Walk:
             self.retime(index)
 
     def retime(self, index: int) -> None:
-        """What runs in a group has changed, and with it the speed of everything there."""
+        """What runs in a group has changed, and with it the speed of everything there; where groups
+        share cores, of everything everywhere."""
+        if not self.crowded:
+            self.retime_group(index, 1.0)
+            return
+        busy = sum(group.layer is not None for group in self.groups)
+        for other, group in enumerate(self.groups):
+            self.retime_group(other, group.work.crowd_speed(self.pp, busy) if busy else 1.0)
+
+    def retime_group(self, index: int, crowd_speed: float) -> None:
         group = self.groups[index]
         layer, collective, messages = group.layer, group.collective, group.messages
         if layer is not None:
             alone = collective is None and not messages
-            self.set_rate(layer, 1.0 if alone else layer.speeds[0])
+            self.set_rate(layer, crowd_speed * (1.0 if alone else layer.speeds[0]))
         if collective is not None:
             self.set_rate(collective, _speed(group, bool(messages)))
         for message in messages:

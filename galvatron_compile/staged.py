@@ -37,7 +37,8 @@ uneven or a synchronisation is long, so the best may be a few places down."""
 class Staged:
     """What pipelines of one model would cost on the ranks of this job.
 
-    pricer: knows the layers' costs. fingerprint: of the model, for the plans.
+    pricer: knows the layers' costs. fingerprint: of the model, for the plans. ranks_per_core: more
+    than 1 where ranks share the cores of one machine.
     """
 
     pricer: Pricer
@@ -45,6 +46,7 @@ class Staged:
     world_size: int
     global_batch_size: int
     fingerprint: str
+    ranks_per_core: float = 1.0
 
     @staticmethod
     def of(
@@ -57,12 +59,14 @@ class Staged:
         *,
         memory_bytes: int,
         fingerprint: str,
+        ranks_per_core: float = 1.0,
     ) -> Staged:
         costs = LayerCosts.of(layered, shardings, cluster, workload, timings)
         costs.estimator.tallies.update(tallies)
         pricer = Pricer(costs, Switches(layered, shardings, cluster), memory_bytes)
         batch = workload.global_batch_size
-        return Staged(pricer, layered, workload.world_size, batch, fingerprint)
+        size = workload.world_size
+        return Staged(pricer, layered, size, batch, fingerprint, ranks_per_core)
 
     @property
     def precision(self) -> Precision:
@@ -133,7 +137,8 @@ class Staged:
     def with_simulation(self, plan: Plan) -> Plan:
         """A priced plan (of one stage too) with ``simulated_ms``, what the simulator says of every
         group, and the work that it walked."""
-        outlines, works = stage_work(self._costs(plan), self.pricer.switches, plan)
+        outlines, made = stage_work(self._costs(plan), self.pricer.switches, plan)
+        works = tuple(replace(work, ranks_per_core=self.ranks_per_core) for work in made)
         found = simulate(outlines, [order(outline) for outline in outlines], works)
         numbers = {
             "simulated_ms": found.step_ms,

@@ -148,6 +148,9 @@ class Work:
         (Galvatron, arXiv 2211.13878, section 4.2).
     inner_shares_wire: whether layers' own collectives use the links that gathers and sums use.
     messages_share_wire: whether messages between stages do. Who shares gets half of a link.
+    ranks_per_core: how many ranks of the job there are for every core of the machine that runs them
+        all; 1 where every rank has a device of its own. Times of layers are those with all ranks
+        busy: where fewer are, the others get more of the cores.
     """
 
     layers: Mapping[int, LayerWork]
@@ -159,12 +162,18 @@ class Work:
     communication_slowdown: float = 1.0
     inner_shares_wire: bool = False
     messages_share_wire: bool = False
+    ranks_per_core: float = 1.0
 
     def __post_init__(self) -> None:
         _check(self)
-        for name in ("compute_slowdown", "communication_slowdown"):
+        for name in ("compute_slowdown", "communication_slowdown", "ranks_per_core"):
             if getattr(self, name) < 1:
                 raise PlanError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def crowd_speed(self, num_groups: int, num_busy: int) -> float:
+        """Of a busy group's layers against times with all groups busy: cores that idle ranks leave
+        go to the others, of which none can use more than its own."""
+        return min(self.ranks_per_core, num_groups / num_busy)
 
     def check(self, outline: Outline) -> None:
         """PlanError unless it says what every part of ``outline`` costs."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 
 from galvatron_compile.errors import PeerError, PlanError, ShapeError
+from galvatron_compile.job import Job
 
 
 def one_fails() -> int:
@@ -70,3 +72,23 @@ def test_what_must_be_the_same_is_compared(ranks: Callable[[int], Any]) -> None:
     errors = ranks(2).errors(they_differ)
     assert all(isinstance(error, PlanError) for error in errors)
     assert "rank 1 differs from rank 0" in str(errors[0])
+
+
+def crowd(core: int | None) -> float:
+    job = Job.current(torch.nn.Linear(1, 1))
+    before = os.sched_getaffinity(0)
+    try:
+        if core is not None:
+            os.sched_setaffinity(0, {core})
+        return job.ranks_per_core()
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def test_ranks_on_one_machine_are_counted_against_its_cores(ranks: Callable[[int], Any]) -> None:
+    """The ranks of the pool have one thread each."""
+    core = min(os.sched_getaffinity(0))
+    assert ranks(2).run(crowd, core) == [2.0, 2.0]
+    cores = len(os.sched_getaffinity(0))
+    assert ranks(4).run(crowd, None) == [max(1.0, 4 / cores)] * 4
+    assert Job(0, 1, torch.device("cpu")).ranks_per_core() == 1.0

@@ -367,6 +367,31 @@ def test_sixteen_groups_of_five_layers_are_walked_action_by_action() -> None:
 # What cannot be walked, and how a walk prints.
 
 
+@pytest.mark.parametrize(
+    ("num_micro_batches", "ranks_per_core", "step_ms"),
+    [
+        (1, 1.0, 12.0),  # 2 + 2 forward, 4 + 4 backward, one group after the other
+        (1, 2.0, 6.0),  # the busy one has both shares of the cores
+        (1, 1.5, 8.0),  # but no rank more than a core of its own
+        # Forward: 1 alone, then 2 both busy, then 1 alone; backward likewise, twice as long.
+        (2, 2.0, 12.0),
+    ],
+)
+def test_where_ranks_share_cores_idle_groups_speed_up_busy_ones(
+    num_micro_batches: int, ranks_per_core: float, step_ms: float
+) -> None:
+    outlines = [
+        Outline(((group,),), {group: LayerOutline("l")}, (), num_micro_batches, "gpipe", 2, group)
+        for group in range(2)
+    ]
+    works = [
+        Work({group: layer(2.0, backward=4.0)}, ranks_per_core=ranks_per_core)
+        for group in range(2)
+    ]
+    found = simulate(outlines, [order(outline) for outline in outlines], works)
+    assert found.step_ms == pytest.approx(step_ms)
+
+
 def test_groups_that_wait_for_each_other_are_refused() -> None:
     outlines, works = pipeline(2, 1)
     lists = [
