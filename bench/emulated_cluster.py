@@ -43,7 +43,7 @@ def measure(
     """One start of the ranks: all plans at every link speed. PeerError if a rank fails."""
     out = folder / "links.json"
     rates = [f"{rate:g}" for rate in topology.rates_bits_per_s]
-    settings = EmulatedCluster(2, topology.ranks_per_node, topology.rates_bits_per_s[0], pin=True)
+    settings = EmulatedCluster(2, topology.ranks_per_node, topology.rates_bits_per_s[0])
     arguments = [str(HERE / "emulated" / "worker.py"), "--topology", key, "--rates", *rates]
     given = ("out", out), ("warm-up", options.warm_up), ("repetitions", options.repetitions)
     arguments += [text for name, value in given for text in (f"--{name}", str(value))]

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +29,12 @@ from galvatron_compile.compiler import build, understand
 from galvatron_compile.decisions import Setting, decide, obey
 from galvatron_compile.emulation import set_link_rate
 from galvatron_compile.job import Job
-from galvatron_compile.memory_meter import metering
 from galvatron_compile.parallel_model import ParallelModel
 from galvatron_compile.passes.lower import Traced, lower
 from galvatron_compile.passes.rewrite import make_mesh
 from galvatron_compile.precision import Precision
 from galvatron_compile.profiling import Sizes, measure
+from galvatron_compile.recordings import Recordings
 
 KIB, MIB = 1024, 1024**2
 SIZES = Sizes(
@@ -80,7 +82,7 @@ class Contender:
         self.losses: list[float] = []
         self.step_ms: list[float] = []
         self.optimizer_ms: list[float] = []
-        self.peak_bytes = 0
+        self.recorded: Recordings | None = None
 
     def train(self) -> None:
         """One step, timed on this rank; all ranks start together."""
@@ -94,24 +96,25 @@ class Contender:
         self.step_ms.append(1e3 * (time.perf_counter() - start))
         self.losses.append(float(loss))
 
-    def count_memory(self) -> None:
-        """The peak of one more step, by tensor accounting; the moments must be there already."""
-        known = [*self.local.values(), *self.parallel.parameters()]
-        states = self.optimizer.state.values()
-        known += [x for state in states for x in state.values() if isinstance(x, torch.Tensor)]
-        with metering(torch.device("cpu"), known) as meter:
-            self.parallel.step(self.local)
-            self.optimizer.step()
-            self.parallel.zero_grad()
-            self.peak_bytes = meter.take_peak_bytes()
+    def record(self) -> None:
+        """Time and memory of every action of one more step, on all ranks."""
+        self.recorded = self.parallel.profile(
+            self.local, optimizer=self.optimizer, warm_up=0, repetitions=1
+        )
 
     def take(self, warm_up: int) -> list[dict[str, Any]]:
         """What every rank measured, on every rank."""
+        assert self.recorded is not None
+        recorded = self.recorded.ranks[dist.get_rank()]
+        spent_ms: dict[str, float] = defaultdict(float)
+        for event in recorded.events:
+            spent_ms[event.kind] += event.end_ms - event.start_ms
         mine = {
             "group": self.parallel._program.mesh.group,
             "step_ms": self.step_ms[warm_up:],
             "optimizer_ms": self.optimizer_ms[warm_up:],
-            "peak_bytes": self.peak_bytes,
+            "peak_bytes": recorded.peak_bytes,
+            "recorded_ms": dict(spent_ms),
         }
         self.step_ms, self.optimizer_ms = [], []
         ranks: list[Any] = [None] * dist.get_world_size()
@@ -171,8 +174,7 @@ class Bench:
             for contender in order:
                 contender.train()
         for contender in order:
-            if not contender.peak_bytes:
-                contender.count_memory()
+            contender.record()
         return {
             name: {
                 "plan": notation.format(contender.parallel.plan),
@@ -189,6 +191,16 @@ def _brief(predicted: Any) -> dict[str, Any]:
     return {k: v for k, v in predicted.items() if isinstance(v, int | float) or k in kept}
 
 
+def stay_on_node() -> None:
+    """Node k of n has every n-th core, so that a stage that waits does not speed up the next one,
+    which is on another node. Where a node has more ranks than cores, they share them."""
+    node, num_nodes = int(os.environ["GROUP_RANK"]), int(os.environ["GROUP_WORLD_SIZE"])
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < num_nodes:
+        sys.exit(f"{num_nodes} nodes need a core each, and there are {len(cores)}")
+    os.sched_setaffinity(0, cores[node::num_nodes])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--topology", choices=list(TOPOLOGIES), required=True)
@@ -198,6 +210,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, required=True)
     parser.add_argument("--plans", nargs="*", help="instead of the topology's own")
     options = parser.parse_args()
+    stay_on_node()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     names = tuple(options.plans or TOPOLOGIES[options.topology].all())
