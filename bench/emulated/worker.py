@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from emulated.plans import BATCH_SIZE, TOPOLOGIES, batch, model
 
 from galvatron_compile import ClusterProfile, Plan, notation
+from galvatron_compile.cluster_json import dumps
 from galvatron_compile.compiler import build, understand
 from galvatron_compile.decisions import Setting, decide, obey
 from galvatron_compile.emulation import set_link_rate
@@ -158,7 +159,7 @@ class Bench:
             "rate_bits_per_s": rate,
             "chosen": chosen,
             "report": report,
-            "cluster": str(cluster),
+            "cluster": json.loads(dumps(cluster)),
             "reserve_bytes": int(cluster.reserve_bytes.value),
             "results": [
                 {"name": name, "predicted": _brief(predicted[name]), **results[name]}
