@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from galvatron_compile.job import Job
+from galvatron_compile.stopwatch import lower_quartile
 
 FormKey = tuple[int, int, bool]  # class index, tensor-parallel degree, sequence parallel
 TimingKey = tuple[int, int, bool, int]  # … and the micro-batch size on one rank
@@ -145,7 +146,7 @@ def _time(
 ) -> tuple[float, float] | None:
     """Forward and backward in ms; None if the memory does not suffice."""
     try:
-        return _medians(prepare(size), device)
+        return _quartiles(prepare(size), device)
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
@@ -161,8 +162,8 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, kinds) or any(sign in str(error) for sign in signs)
 
 
-def _medians(forward: Forward, device: torch.device) -> tuple[float, float]:
-    """Of repeated runs after one to warm up; at most about half a second in all.
+def _quartiles(forward: Forward, device: torch.device) -> tuple[float, float]:
+    """Lower quartiles of repeated runs after one to warm up; about half a second in all at most.
 
     A run of a second or more is its own warm-up.
     """
@@ -177,10 +178,8 @@ def _medians(forward: Forward, device: torch.device) -> tuple[float, float]:
         if sum(pairs[0]) > 1:
             break
     kept = pairs[1:] or pairs
-    return (
-        statistics.median(pair[0] for pair in kept) * 1e3,
-        statistics.median(pair[1] for pair in kept) * 1e3,
-    )
+    forward_s, backward_s = zip(*kept, strict=True)
+    return lower_quartile(forward_s) * 1e3, lower_quartile(backward_s) * 1e3
 
 
 def _now(device: torch.device) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -150,22 +149,22 @@ def measure_overlap(
     calls = min(20, max(1, round(reduce_ms / compute_ms)))
     reduces = min(4, max(1, round(calls * compute_ms / reduce_ms)))
 
-    def run(times: tuple[int, int]) -> list[float]:
-        samples = [
-            _together(watch, compute, times[0] * calls, tensors[: times[1] * reduces])
-            for _ in range(5)
-        ]
-        medians = [statistics.median(column) for column in zip(*samples, strict=True)]
-        return watch.agree(medians)
+    def run(times: tuple[int, int]) -> tuple[float, float, float]:
+        return _together(watch, compute, times[0] * calls, tensors[: times[1] * reduces])
 
+    # In turns, and the least of each: what else the machine does must not hit one of them only.
+    mixes = ((1, 0), (0, 1), (1, 1), (1, 3), (3, 1))
     run((1, 1))  # warms up threads and streams
-    compute_alone_ms, communication_alone_ms = run((1, 0))[0], run((0, 1))[1]
-    both_ms = run((1, 1))[2]
+    rounds = [[run(mix) for mix in mixes] for _ in range(7)]
+    least = [[min(times) for times in zip(*mix, strict=True)] for mix in zip(*rounds, strict=True)]
+    flat = watch.agree([time for mix in least for time in mix])
+    alone, reduced, both, beside, under = (flat[i : i + 3] for i in range(0, 15, 3))
+    compute_alone_ms, communication_alone_ms = alone[0], reduced[1]
     low, high = sorted((compute_alone_ms, communication_alone_ms))
     return (
-        max(1.0, 1 + (both_ms - high) / low),
-        max(1.0, run((1, 3))[0] / compute_alone_ms),
-        max(1.0, run((3, 1))[1] / communication_alone_ms),
+        max(1.0, 1 + (both[2] - high) / low),
+        max(1.0, beside[0] / compute_alone_ms),
+        max(1.0, under[1] / communication_alone_ms),
     )
 
 

@@ -53,15 +53,14 @@ class MemoryLog:
         elif key not in self.again:
             self.again.add(key)
             self.add(start_ms, _SAVED, work.recomputed_bytes)
-        if kind in ("backward", "backward_weight"):
-            for unit in outline.units:
-                if self.outline.units[unit].trainable and unit not in self.pending:
-                    self.pending.add(unit)
-                    self.add(start_ms, _GRADIENTS, self.work.units[unit].pending_bytes)
         self.add(start_ms, _TRANSIENT, work.transient_bytes)
         self.add(end_ms, _TRANSIENT, -work.transient_bytes)
         if kind in ("backward", "backward_weight"):
             self.add(end_ms, _SAVED, -work.saved_bytes - work.recomputed_bytes)
+            for unit in outline.units:  # buckets are made when the layer's gradients are there
+                if self.outline.units[unit].trainable and unit not in self.pending:
+                    self.pending.add(unit)
+                    self.add(end_ms, _GRADIENTS, self.work.units[unit].pending_bytes)
 
     def collective_started(self, action: Action, now_ms: float) -> None:
         unit = self.work.units[action.index]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ from galvatron_compile.torch_private import as_fake
 _FLOPS_PER_S = {"cpu": 1e10, "cuda": 1e12}
 _BYTES_PER_S = {"cpu": 1e9, "cuda": 5e10}
 _LONGEST_FIRST_RUN_MS = 10_000.0
+_TURNS_BYTES, _MAX_TURNS = 64 * 1024**2, 8
 
 
 def experiments(
@@ -128,14 +130,18 @@ def _describe(graph: fx.GraphModule, layered: LayeredGraph) -> str:
         for node in graph.graph.nodes
     ]
     text = "\n".join(lines).replace(str(layered.graph.batch_symbol), "batch")
-    return f"lowered\n{text}"
+    return f"lowered, in turns\n{text}"
 
 
 def _runner(
     graph: fx.GraphModule, layered: LayeredGraph, kinds: tuple[str, ...], device: torch.device
 ) -> Callable[[int], Forward]:
     """batch size -> a function that runs forward and gives one that runs backward, on arguments
-    that live as long as it does. The graphs are those that training would run."""
+    that live as long as it does. The graphs are those that training would run.
+
+    As in training, parameters are cold in the caches (in a step all other layers come in between),
+    and gradients are added up: parameters and sums come in turns, of more bytes than caches hold.
+    """
     flags = differentiable_flags(graph, kinds)
     symbol = layered.graph.batch_symbol
 
@@ -144,15 +150,32 @@ def _runner(
         piece = _piece(graph, kinds, flags, made)
         by_kind = {k: [v for v, own in zip(made, kinds, strict=True) if own == k] for k in kinds}
         values, parameters = by_kind.get("activation", []), by_kind.get("parameter", [])
+        num_bytes = 2 * sum(p.numel() * p.element_size() for p in parameters)
+        num_turns = max(1, min(_MAX_TURNS, _TURNS_BYTES // max(num_bytes, 1)))
+        turns = cycle([_turn(parameters) for _ in range(num_turns)])
 
         def forward() -> Callable[[], Any]:
-            outputs, kept = piece.forward(values, parameters, seed)
+            mine, sums = next(turns)
+            outputs, kept = piece.forward(values, mine, seed)
             gradients = [torch.ones_like(x) if x.is_floating_point() else None for x in outputs]
-            return lambda: piece.backward(kept, parameters, gradients)
+
+            def backward() -> None:
+                _, found = piece.backward(kept, mine, gradients)
+                for total, gradient in zip(sums, found, strict=True):
+                    if gradient is not None:
+                        total.add_(gradient.to_dense() if gradient.is_sparse else gradient)
+
+            return backward
 
         return forward
 
     return prepare
+
+
+def _turn(parameters: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """A copy of the parameters, and where their gradients are added up."""
+    copies = [p.detach().clone().requires_grad_(p.requires_grad) for p in parameters]
+    return copies, [torch.zeros_like(p, requires_grad=False) for p in parameters]
 
 
 def _piece(

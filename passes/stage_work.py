@@ -226,8 +226,11 @@ class _Group:
             max(0.0, cost.backward_expert_ms - again.expert_ms),
             switch_ms,
         )
-        product_ms = self.costs.estimator.part(index, strategy, local, MATMUL).backward_ms
-        share = min(0.5, product_ms / 2 / backward.compute_ms) if backward.compute_ms else 0.0
+        # Both estimated: a share must not depend on how far estimates are from what was timed.
+        estimator = self.costs.estimator
+        product_ms = estimator.part(index, strategy, local, MATMUL).backward_ms
+        whole_ms = estimator.computation(index, strategy, local).backward_ms
+        share = min(0.5, product_ms / 2 / whole_ms) if whole_ms else 0.0
         if layer == 0 or not self._is_differentiable(layer - 1):
             share = 1.0  # nobody needs the gradients of its inputs
         return LayerWork(

@@ -6,7 +6,16 @@ import importlib.util
 import sys
 from pathlib import Path
 
-for name in ("hand_made", "example_plans", "checkpoint_models", "emulated", "pipeline_cases", "recorded_by_hand"):
+HELPERS = (
+    "hand_made",
+    "example_plans",
+    "checkpoint_models",
+    "emulated",
+    "pipeline_cases",
+    "recorded_by_hand",
+)
+
+for name in HELPERS:
     if name not in sys.modules:
         path = Path(__file__).with_name(f"{name}.py")
         spec = importlib.util.spec_from_file_location(name, path)

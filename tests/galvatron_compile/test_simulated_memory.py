@@ -11,7 +11,7 @@ from galvatron_compile.work import LayerWork, Phase, UnitWork, Work
 
 
 def test_memory_of_zero3_by_hand() -> None:
-    """Parameters from gather to free, gradients from backward to the end of their sum."""
+    """Parameters from gather to free, gradients from the end of backward to that of their sum."""
     units = (UnitOutline("a", zero=3), UnitOutline("b", zero=3))
     layers = {i: LayerOutline(name, (i,)) for i, name in enumerate("ab")}
     outline = Outline(((0, 1),), layers, units, 1)
@@ -30,13 +30,13 @@ def test_memory_of_zero3_by_hand() -> None:
     base = 50 + 250 + 500 + 1000 + 2000
     steps = {time: size - base for time, size in memory.steps}
     # Forward: b's parameters come one layer ahead, a's go. Backward of b from 2 to 4: both are
-    # there, and b's gradients. From 4 to 5 their sum runs, with room for its result, beside a's.
+    # there. From 4 to 5 the sum of b's gradients runs, with room for its result.
     assert steps == {
         0.0: 1000 + 4000 + 100 + 7,
         1.0: 4000 + 300 + 9,
-        2.0: 1000 + 4000 + 300 + 9 + 8000,
-        4.0: 1000 + 100 + 7 + 8000 + 2000 + 2000,
-        5.0: 1000 + 100 + 7 + 2000 + 2000,
+        2.0: 1000 + 4000 + 300 + 9,
+        4.0: 1000 + 100 + 7 + 8000 + 2000,
+        5.0: 1000 + 100 + 7 + 2000,
         6.0: 2000 + 2000 + 500,
         7.0: 2000 + 500,
     }
@@ -56,7 +56,7 @@ def test_gradients_and_activations_by_hand(zero: int) -> None:
     memory = simulate([outline], [order(outline)], [work]).groups[0].memory
     steps = dict(memory.steps)
     assert steps[0.0] == 30 + 5
-    assert steps[1.0] == 30 + 5 + 400
+    assert steps.get(1.0, steps[0.0]) == 30 + 5  # the room is made when the gradients are there
     after = {0: 430, 1: 430, 2: 430 + 100}[zero]  # another forward, or beside a sum as well
     assert steps[3.0] == after + 5
     assert memory.steps[-1].num_bytes == kept
