@@ -86,7 +86,7 @@ def compile(
     job.together(wanted.check, same=lambda _: str(wanted))
     setting = Setting(
         job, cluster_profile, Precision.parse(precision), memory_bytes, measure,
-        job.ranks_per_core() if measure else 1.0,
+        job.cores() if measure else (),
     )  # fmt: skip
     layered = job.together(
         lambda: understand(model, example_inputs, loss_fn, setting.precision), same=summary

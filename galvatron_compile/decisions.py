@@ -37,6 +37,7 @@ from galvatron_compile.search_report import SearchReport, sources
 from galvatron_compile.staged import Staged
 from galvatron_compile.strategy import Strategy
 from galvatron_compile.text import mib
+from galvatron_compile.work import Cores
 
 Progress = Callable[[str, int, int], None]
 Uses = Iterable[tuple[int, Strategy]]  # class index, strategy
@@ -51,7 +52,7 @@ class Setting:
     precision: Precision
     memory_limit_bytes: int | None
     measure: bool
-    ranks_per_core: float = 1.0
+    cores: tuple[Cores, ...] = ()  # of every rank, where they share them
 
     @property
     def memory_bytes(self) -> int:
@@ -129,7 +130,7 @@ def _staged(
         estimator.tallies,
         memory_bytes=setting.memory_bytes,
         fingerprint=fingerprint(layered),
-        ranks_per_core=setting.ranks_per_core,
+        cores=setting.cores,
     )
 
 

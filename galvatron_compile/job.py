@@ -6,7 +6,7 @@ import atexit
 import os
 import platform
 import time
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from galvatron_compile.errors import PeerError, PlanError
+from galvatron_compile.work import Cores
 
 T = TypeVar("T")
 
@@ -80,20 +81,24 @@ class Job:
         dist.all_gather_object(values, value)
         return values  # type: ignore[return-value]
 
-    def ranks_per_core(self) -> float:
-        """How many threads of ranks there are for a core of the fullest machine; at least 1.
+    def cores(self) -> tuple[Cores, ...]:
+        """Of every rank the cores it may use; () on GPUs and where none has to share. Collective.
 
-        1 on GPUs. Collective. Ranks that see one kernel's boot id share a machine, whatever their
-        network says; their cores are all that any of them may use.
+        Ranks that see one kernel's boot id are on one machine, whatever their network says. Those
+        that may use the same cores of it share them.
         """
         if self.device.type != "cpu" or self.world_size == 1:
-            return 1.0
-        ranks: dict[str, int] = defaultdict(int)
-        cores: dict[str, set[int]] = defaultdict(set)
-        for machine, allowed, threads in self.gather(_machine()):
-            ranks[machine] += threads
-            cores[machine] |= set(allowed)
-        return max(1.0, *(ranks[machine] / len(cores[machine]) for machine in ranks))
+            return ()
+        found = self.gather(_machine())
+        pools = list(dict.fromkeys((machine, allowed) for machine, allowed, _ in found))
+        cores = tuple(
+            Cores(pools.index((machine, allowed)), len(allowed), threads)
+            for machine, allowed, threads in found
+        )
+        used = Counter[int]()
+        for each in cores:
+            used[each.pool] += each.num_threads
+        return cores if any(used[each.pool] > each.num_cores for each in cores) else ()
 
     def _check_same(self, texts: list[str | None]) -> None:
         for rank, text in enumerate(texts):

@@ -52,7 +52,7 @@ class _Walk:
 
     def __init__(self, groups: Sequence[Group]) -> None:
         self.groups, self.pp = groups, len(groups)
-        self.crowded = any(group.work.ranks_per_core > 1 for group in groups)
+        self.crowded = any(group.work.cores is not None for group in groups)
         self.now = 0.0
         self.events: list[tuple[float, int, Job, int]] = []  # (time, tie-break, job, version)
         self.numbers = count()
@@ -87,9 +87,21 @@ class _Walk:
         if not self.crowded:
             self.retime_group(index, 1.0)
             return
-        busy = sum(group.layer is not None for group in self.groups)
-        for other, group in enumerate(self.groups):
-            self.retime_group(other, group.work.crowd_speed(self.pp, busy) if busy else 1.0)
+        for other in range(self.pp):
+            self.retime_group(other, self.share_of_cores(other))
+
+    def share_of_cores(self, index: int) -> float:
+        """How fast a group's layers run against their times, which are those of all groups busy."""
+        cores = self.groups[index].work.cores
+        if cores is None:
+            return 1.0
+        mates = [
+            (mate.work.cores.num_threads, mate.layer is not None)
+            for mate in self.groups
+            if mate.work.cores is not None and mate.work.cores.pool == cores.pool
+        ]
+        busy = sum(threads for threads, is_busy in mates if is_busy)
+        return cores.speed(max(busy, cores.num_threads), sum(threads for threads, _ in mates))
 
     def retime_group(self, index: int, crowd_speed: float) -> None:
         group = self.groups[index]

@@ -27,6 +27,7 @@ from galvatron_compile.passes.strategies import Limits, enumerate_within
 from galvatron_compile.plans import Plan, Stage
 from galvatron_compile.precision import Precision
 from galvatron_compile.simulator import simulate
+from galvatron_compile.work import Cores
 
 SIMULATED = 8
 """Families whose optima are simulated: the closed form is off by a few per cent where stages are
@@ -37,8 +38,8 @@ uneven or a synchronisation is long, so the best may be a few places down."""
 class Staged:
     """What pipelines of one model would cost on the ranks of this job.
 
-    pricer: knows the layers' costs. fingerprint: of the model, for the plans. ranks_per_core: more
-    than 1 where ranks share the cores of one machine.
+    pricer: knows the layers' costs. fingerprint: of the model, for the plans. cores: of every
+    rank, those it shares with others; empty where every rank has a device of its own.
     """
 
     pricer: Pricer
@@ -46,7 +47,7 @@ class Staged:
     world_size: int
     global_batch_size: int
     fingerprint: str
-    ranks_per_core: float = 1.0
+    cores: tuple[Cores, ...] = ()
 
     @staticmethod
     def of(
@@ -59,14 +60,14 @@ class Staged:
         *,
         memory_bytes: int,
         fingerprint: str,
-        ranks_per_core: float = 1.0,
+        cores: tuple[Cores, ...] = (),
     ) -> Staged:
         costs = LayerCosts.of(layered, shardings, cluster, workload, timings)
         costs.estimator.tallies.update(tallies)
         pricer = Pricer(costs, Switches(layered, shardings, cluster), memory_bytes)
         batch = workload.global_batch_size
         size = workload.world_size
-        return Staged(pricer, layered, size, batch, fingerprint, ranks_per_core)
+        return Staged(pricer, layered, size, batch, fingerprint, cores)
 
     @property
     def precision(self) -> Precision:
@@ -138,7 +139,7 @@ class Staged:
         """A priced plan (of one stage too) with ``simulated_ms``, what the simulator says of every
         group, and the work that it walked."""
         outlines, made = stage_work(self._costs(plan), self.pricer.switches, plan)
-        works = tuple(replace(work, ranks_per_core=self.ranks_per_core) for work in made)
+        works = [replace(work, cores=self._shared(g, plan.pp)) for g, work in enumerate(made)]
         found = simulate(outlines, [order(outline) for outline in outlines], works)
         numbers = {
             "simulated_ms": found.step_ms,
@@ -146,6 +147,15 @@ class Staged:
             work_json.KEY: work_json.dump(outlines, works),
         }
         return replace(plan, predicted={**plan.predicted, **numbers})
+
+    def _shared(self, group: int, pp: int) -> Cores | None:
+        """The cores of a group's first rank, and all threads that the group has there."""
+        size = self.world_size // pp
+        mine = self.cores[group * size : (group + 1) * size]
+        if not mine:
+            return None
+        threads = sum(found.num_threads for found in mine if found.pool == mine[0].pool)
+        return replace(mine[0], num_threads=threads)
 
     def _costs(self, plan: Plan) -> LayerCosts:
         ranks = plan.world_size // plan.pp

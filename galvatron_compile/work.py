@@ -136,6 +136,22 @@ class SendWork:
         _check(self)
 
 
+@dataclass(frozen=True, slots=True)
+class Cores:
+    """A set of cores (groups with one ``pool`` number share it), and the group's threads on it."""
+
+    pool: int
+    num_cores: int
+    num_threads: int
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    def speed(self, busy_threads: int, all_threads: int) -> float:
+        """Of a busy thread against its speed with all of them busy; none uses more than a core."""
+        return max(self.num_cores, all_threads) / max(self.num_cores, busy_threads)
+
+
 @dataclass(frozen=True)
 class Work:
     """Everything that one group does. layers: by layer number; units: as the outline's; sends: per
@@ -148,9 +164,8 @@ class Work:
         (Galvatron, arXiv 2211.13878, section 4.2).
     inner_shares_wire: whether layers' own collectives use the links that gathers and sums use.
     messages_share_wire: whether messages between stages do. Who shares gets half of a link.
-    ranks_per_core: how many ranks of the job there are for every core of the machine that runs them
-        all; 1 where every rank has a device of its own. Times of layers are those with all ranks
-        busy: where fewer are, the others get more of the cores.
+    cores: those that the group's ranks share with others; None where every rank has a device of its
+        own. Times of layers are those with all ranks busy: where fewer are, the others get more.
     """
 
     layers: Mapping[int, LayerWork]
@@ -162,18 +177,13 @@ class Work:
     communication_slowdown: float = 1.0
     inner_shares_wire: bool = False
     messages_share_wire: bool = False
-    ranks_per_core: float = 1.0
+    cores: Cores | None = None
 
     def __post_init__(self) -> None:
         _check(self)
-        for name in ("compute_slowdown", "communication_slowdown", "ranks_per_core"):
+        for name in ("compute_slowdown", "communication_slowdown"):
             if getattr(self, name) < 1:
                 raise PlanError(f"{name} must be at least 1, got {getattr(self, name)}")
-
-    def crowd_speed(self, num_groups: int, num_busy: int) -> float:
-        """Of a busy group's layers against times with all groups busy: cores that idle ranks leave
-        go to the others, of which none can use more than its own."""
-        return min(self.ranks_per_core, num_groups / num_busy)
 
     def check(self, outline: Outline) -> None:
         """PlanError unless it says what every part of ``outline`` costs."""

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from galvatron_compile.actions import LayerOutline, Outline, UnitOutline
 from galvatron_compile.errors import PlanError
 from galvatron_compile.plans import Plan, Stage
-from galvatron_compile.work import LayerWork, Phase, SendWork, UnitWork, Work
+from galvatron_compile.work import Cores, LayerWork, Phase, SendWork, UnitWork, Work
 
 KEY = "work"
 T = TypeVar("T")
@@ -130,6 +130,7 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "bool": _exactly(bool),
     "str": _exactly(str),
     "Phase": _noun(Phase),
+    "Cores | None": _noun(Cores),  # None is the default and so never written
     "tuple[int, ...]": _several(_exactly(int)),
     "tuple[tuple[int, ...], ...]": _several(_several(_exactly(int))),
     "tuple[UnitOutline, ...]": _several(_noun(UnitOutline)),

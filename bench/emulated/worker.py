@@ -54,7 +54,7 @@ class Compiler:
         self.layered = understand(model(), example, None, self.precision)
 
     def setting(self, cluster: ClusterProfile) -> Setting:
-        return Setting(self.job, cluster, self.precision, None, True)
+        return Setting(self.job, cluster, self.precision, None, True, self.job.cores())
 
     def search(self, cluster: ClusterProfile) -> tuple[Plan, str]:
         """The plan that the search finds, and its report."""

@@ -11,6 +11,7 @@ import torch
 
 from galvatron_compile.errors import PeerError, PlanError, ShapeError
 from galvatron_compile.job import Job
+from galvatron_compile.work import Cores
 
 
 def one_fails() -> int:
@@ -74,21 +75,23 @@ def test_what_must_be_the_same_is_compared(ranks: Callable[[int], Any]) -> None:
     assert "rank 1 differs from rank 0" in str(errors[0])
 
 
-def crowd(core: int | None) -> float:
+def crowd(apart: bool) -> Any:
     job = Job.current(torch.nn.Linear(1, 1))
     before = os.sched_getaffinity(0)
+    all_cores = sorted(before)
     try:
-        if core is not None:
-            os.sched_setaffinity(0, {core})
-        return job.ranks_per_core()
+        os.sched_setaffinity(0, {all_cores[job.rank % 2] if apart else all_cores[0]})
+        return job.cores()
     finally:
         os.sched_setaffinity(0, before)
 
 
-def test_ranks_on_one_machine_are_counted_against_its_cores(ranks: Callable[[int], Any]) -> None:
+def test_ranks_on_one_machine_share_the_cores_they_may_use(ranks: Callable[[int], Any]) -> None:
     """The ranks of the pool have one thread each."""
-    core = min(os.sched_getaffinity(0))
-    assert ranks(2).run(crowd, core) == [2.0, 2.0]
-    cores = len(os.sched_getaffinity(0))
-    assert ranks(4).run(crowd, None) == [max(1.0, 4 / cores)] * 4
-    assert Job(0, 1, torch.device("cpu")).ranks_per_core() == 1.0
+    one_core = Cores(0, 1, 1)
+    assert ranks(2).run(crowd, False) == [(one_core, one_core)] * 2
+    assert Job(0, 1, torch.device("cpu")).cores() == ()
+    if len(os.sched_getaffinity(0)) > 1:
+        assert ranks(2).run(crowd, True) == [(), ()]  # nobody has to share
+        pools = [found.pool for found in ranks(4).run(crowd, True)[0]]
+        assert pools == [0, 1, 0, 1]

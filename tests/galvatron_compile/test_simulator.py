@@ -18,7 +18,7 @@ from galvatron_compile.schedules import bubble_share, why_not
 from galvatron_compile.simulated_group import Group, Job
 from galvatron_compile.simulation import Simulation
 from galvatron_compile.simulator import simulate
-from galvatron_compile.work import LayerWork, Phase, SendWork, UnitWork, Work
+from galvatron_compile.work import Cores, LayerWork, Phase, SendWork, UnitWork, Work
 
 
 def alone(
@@ -368,26 +368,25 @@ def test_sixteen_groups_of_five_layers_are_walked_action_by_action() -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_micro_batches", "ranks_per_core", "step_ms"),
+    ("num_micro_batches", "cores", "step_ms"),
     [
-        (1, 1.0, 12.0),  # 2 + 2 forward, 4 + 4 backward, one group after the other
-        (1, 2.0, 6.0),  # the busy one has both shares of the cores
-        (1, 1.5, 8.0),  # but no rank more than a core of its own
+        (1, (None, None), 12.0),  # 2 + 2 forward, 4 + 4 backward, one group after the other
+        (1, (Cores(0, 1, 1), Cores(0, 1, 1)), 6.0),  # the busy one has both shares of the core
+        (1, (Cores(0, 2, 2), Cores(0, 2, 2)), 6.0),
+        (1, (Cores(0, 3, 2), Cores(0, 3, 2)), 9.0),  # but no thread more than a core of its own
+        (1, (Cores(0, 1, 1), Cores(1, 1, 1)), 12.0),  # the other's core is out of reach
         # Forward: 1 alone, then 2 both busy, then 1 alone; backward likewise, twice as long.
-        (2, 2.0, 12.0),
+        (2, (Cores(0, 1, 1), Cores(0, 1, 1)), 12.0),
     ],
 )
 def test_where_ranks_share_cores_idle_groups_speed_up_busy_ones(
-    num_micro_batches: int, ranks_per_core: float, step_ms: float
+    num_micro_batches: int, cores: tuple[Cores | None, Cores | None], step_ms: float
 ) -> None:
     outlines = [
         Outline(((group,),), {group: LayerOutline("l")}, (), num_micro_batches, "gpipe", 2, group)
         for group in range(2)
     ]
-    works = [
-        Work({group: layer(2.0, backward=4.0)}, ranks_per_core=ranks_per_core)
-        for group in range(2)
-    ]
+    works = [Work({g: layer(2.0, backward=4.0)}, cores=cores[g]) for g in range(2)]
     found = simulate(outlines, [order(outline) for outline in outlines], works)
     assert found.step_ms == pytest.approx(step_ms)
 
