@@ -78,19 +78,21 @@ class Executor:
                 on_last_loss(step.losses)
         self.links.finish()
         assert not step.kept, f"layers whose backward never came: {sorted(step.kept)}"
+        del self._step  # the batch and the losses need not live on
         return step.losses
 
     @torch.no_grad()
     def evaluate(self, actions: Sequence[Action], inputs: Sequence[Values]) -> list[Tensor]:
         """Forward without dropout; ``actions`` hold no backward."""
-        self._step = _Step(inputs, [0] * len(inputs))
+        self._step = step = _Step(inputs, [0] * len(inputs))
         for action in actions:
             if action.kind == "forward":
                 self._evaluate(action.index, action.micro_batch)
             else:
                 self._run(action)
         self.links.finish()
-        return self._step.losses
+        del self._step
+        return step.losses
 
     def _run(self, action: Action) -> None:
         getattr(self, f"_{action.kind}")(action.index, action.micro_batch)

@@ -9,10 +9,11 @@ many sums of gradients, are under way.
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
+from typing import Literal, NamedTuple
 
-from galvatron_compile.actions import COMPUTE, Action, Outline
+from galvatron_compile.actions import COMPUTE, Action, Kind, Outline
 from galvatron_compile.schedules import actions as schedule_actions
 
 MAX_IN_FLIGHT = 4
@@ -20,50 +21,59 @@ MAX_IN_FLIGHT = 4
 
 def order(outline: Outline) -> tuple[Action, ...]:
     """Everything that a rank of ``outline.group`` does in a training step."""
-    computed = list(_with_messages(outline, _training(outline)))
+    computed = list(_with_messages(outline, list(_training(outline))))
     return tuple(_with_gradients(outline, list(_with_parameters(outline, computed))))
 
 
 def order_evaluation(outline: Outline) -> tuple[Action, ...]:
     """Forward only, every chunk for all micro-batches in turn."""
-    computed = [
-        Action("forward", layer, batch)
-        for chunk in outline.chunks
+    blocks = [
+        Block(outline.stage_of(c), "forward", batch, [Action("forward", i, batch) for i in layers])
+        for c, layers in enumerate(outline.chunks)
         for batch in range(outline.num_micro_batches)
-        for layer in chunk
     ]
-    return tuple(_with_parameters(outline, list(_with_messages(outline, computed))))
+    return tuple(_with_parameters(outline, list(_with_messages(outline, blocks))))
 
 
-def _training(outline: Outline) -> Iterator[Action]:
+class Block(NamedTuple):
+    """What one stage computes for one micro-batch in one direction; perhaps nothing: values and
+    gradients pass through a stage in which nothing learns."""
+
+    stage: int
+    direction: Literal["forward", "backward", "weight"]
+    micro_batch: int
+    work: list[Action]
+
+
+def _training(outline: Outline) -> Iterator[Block]:
     """The schedule's pieces of work, layer by layer."""
     schedule = outline.schedule if outline.pp > 1 else "1f1b"
     chunks, count = outline.chunks, outline.num_micro_batches
     for work in schedule_actions(schedule, outline.pp, count, len(chunks), outline.group):
-        layers, batch = chunks[work.chunk], work.micro_batch
+        stage, layers, batch = outline.stage_of(work.chunk), chunks[work.chunk], work.micro_batch
         if work.kind == "F":
-            yield from (Action("forward", layer, batch) for layer in layers)
-            continue
-        for layer in reversed(layers):
-            found = outline.layers[layer]
-            if not found.differentiable:
-                continue
-            if work.kind != "W" and found.recompute:
+            forward = [Action("forward", layer, batch) for layer in layers]
+            yield Block(stage, "forward", batch, forward)
+        else:
+            backward = list(_backward(outline, work.kind, layers, batch))
+            yield Block(stage, "weight" if work.kind == "W" else "backward", batch, backward)
+
+
+def _backward(outline: Outline, kind: str, layers: Sequence[int], batch: int) -> Iterator[Action]:
+    kinds: dict[str, Kind] = {"B": "backward", "I": "backward_input", "W": "backward_weight"}
+    for layer in reversed(layers):
+        found = outline.layers[layer]
+        if found.differentiable:
+            if found.recompute and kind != "W":
                 yield Action("recompute", layer, batch)
-            if work.kind == "B":
-                yield Action("backward", layer, batch)
-            elif work.kind == "I":
-                yield Action("backward_input", layer, batch)
-            else:
-                yield Action("backward_weight", layer, batch)
+            yield Action(kinds[kind], layer, batch)
 
 
 # Messages between stages.
 
 
-def _with_messages(outline: Outline, computed: Iterable[Action]) -> Iterator[Action]:
+def _with_messages(outline: Outline, blocks: Sequence[Block]) -> Iterator[Action]:
     """Receives are posted one piece of a stage's work before they are waited for."""
-    blocks = list(_blocks(outline, computed))
     arrivals = [_arrival(outline, *block[:3]) for block in blocks]
     if arrivals and arrivals[0]:
         yield _receive(arrivals[0])
@@ -78,29 +88,6 @@ def _with_messages(outline: Outline, computed: Iterable[Action]) -> Iterator[Act
             yield Action("send_activations", stage, batch)
         if direction == "backward" and stage > 0:
             yield Action("send_gradients", stage, batch)
-
-
-Block = tuple[int, str, int, list[Action]]  # stage, direction, micro-batch, what is computed
-
-
-def _blocks(outline: Outline, computed: Iterable[Action]) -> Iterator[Block]:
-    """Runs of actions of one stage, direction and micro-batch."""
-    chunk_of = {layer: c for c, layers in enumerate(outline.chunks) for layer in layers}
-    directions = {
-        "forward": "forward", "recompute": "backward", "backward": "backward",
-        "backward_input": "backward", "backward_weight": "weight",
-    }  # fmt: skip
-    block: Block | None = None
-    for action in computed:
-        stage = outline.stage_of(chunk_of[action.index])
-        key = (stage, directions[action.kind], action.micro_batch)
-        if block is None or block[:3] != key:
-            if block is not None:
-                yield block
-            block = (*key, [])
-        block[3].append(action)
-    if block is not None:
-        yield block
 
 
 def _arrival(outline: Outline, stage: int, direction: str, batch: int) -> Action | None:

@@ -66,7 +66,7 @@ def with_work() -> Plan:
                 dict.fromkeys(numbers, layer),
                 (UnitWork(0.5, 0.75, 0.1, 0.0, 10, 20, 40, 40, 10), UnitWork(tied_ms=0.5)),
                 (SendWork(0.3 * (group == 0), 0.2 * (group == 1), 8, 8),),
-                2.0, 100, 1.1, 1.2, True, False, Cores(0, 1, 1),
+                2.0, 100, 1.1, 1.2, True, False, Cores(0, 2, 1),
             )
         )  # fmt: skip
     return replace(plan, predicted={work_json.KEY: work_json.dump(outlines, works)})
