@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from galvatron_compile.job import Job
-from galvatron_compile.stopwatch import lower_quartile
 
 FormKey = tuple[int, int, bool]  # class index, tensor-parallel degree, sequence parallel
 TimingKey = tuple[int, int, bool, int]  # … and the micro-batch size on one rank
@@ -146,7 +145,7 @@ def _time(
 ) -> tuple[float, float] | None:
     """Forward and backward in ms; None if the memory does not suffice."""
     try:
-        return _quartiles(prepare(size), device)
+        return _medians(prepare(size), device)
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
@@ -162,8 +161,8 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, kinds) or any(sign in str(error) for sign in signs)
 
 
-def _quartiles(forward: Forward, device: torch.device) -> tuple[float, float]:
-    """Lower quartiles of repeated runs after one to warm up; about half a second in all at most.
+def _medians(forward: Forward, device: torch.device) -> tuple[float, float]:
+    """Of repeated runs after one to warm up; at most about half a second in all.
 
     A run of a second or more is its own warm-up.
     """
@@ -179,7 +178,7 @@ def _quartiles(forward: Forward, device: torch.device) -> tuple[float, float]:
             break
     kept = pairs[1:] or pairs
     forward_s, backward_s = zip(*kept, strict=True)
-    return lower_quartile(forward_s) * 1e3, lower_quartile(backward_s) * 1e3
+    return statistics.median(forward_s) * 1e3, statistics.median(backward_s) * 1e3
 
 
 def _now(device: torch.device) -> float:

@@ -1,8 +1,9 @@
-"""Timing that all ranks agree on: all start together, and the slowest rank counts."""
+"""Timing that all ranks agree on: all start together, and the slowest rank's median counts."""
 
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Sequence
 
@@ -11,10 +12,6 @@ import torch.distributed as dist
 
 _MIN_SAMPLE_MS = 1.0
 _MAX_INNER = 1000
-
-
-def lower_quartile(samples: Sequence[float]) -> float:
-    return sorted(samples)[len(samples) // 4]
 
 
 class Stopwatch:
@@ -33,11 +30,10 @@ class Stopwatch:
         self.alone = not dist.is_initialized() or dist.get_world_size() == 1
 
     def ms(self, call: Callable[[], object]) -> float:
-        """Time of one call, of the slowest rank; the same on all. Every rank must call.
+        """Median time of one call, of the slowest rank; the same on all. Every rank must call.
 
         A sample is as many calls as make a millisecond, so that clocks and launches do not count;
-        there are 3 to 15 samples. The lower quartile counts: what else the machine does only ever
-        adds time, in bursts that a median does not survive.
+        there are 3 to 15 samples.
         """
         call()  # warms up: allocations, connections, code selection
         first_ms = min(self.sample(call, 1) for _ in range(1 if self.late else 3))
@@ -49,7 +45,7 @@ class Stopwatch:
         inner = min(_MAX_INNER, math.ceil(_MIN_SAMPLE_MS / once_ms))
         num_samples = min(15, max(3, int(1e3 * self.point_s / (inner * once_ms))))
         samples = [self.sample(call, inner) for _ in range(num_samples)]
-        return self.agree([lower_quartile(samples)])[0]
+        return self.agree([statistics.median(samples)])[0]
 
     def sample(self, call: Callable[[], object], inner: int) -> float:
         """ms per call of ``inner`` calls in a row, on this rank, started with the others."""

@@ -64,14 +64,14 @@ def sizes_of(
     """The sizes that are run if one of ``size`` samples takes ``total_ms(size)``."""
     run: list[int] = []
 
-    def quartiles(forward: Callable[[], int], device: torch.device) -> tuple[float, float]:
+    def medians(forward: Callable[[], int], device: torch.device) -> tuple[float, float]:
         size = forward()
         if total_ms(size) == math.inf:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
         run.append(size)
         return total_ms(size) / 3, total_ms(size) * 2 / 3
 
-    monkeypatch.setattr(layer_timing, "_quartiles", quartiles)
+    monkeypatch.setattr(layer_timing, "_medians", medians)
     experiment = Experiment(FORM, "", wanted, first, lambda size: lambda: size)
     timings = measure_layers([experiment], Job(0, 1, torch.device("cpu")), None)
     assert sorted(timings) == [(*FORM, size) for size in sorted(run)]
