@@ -31,7 +31,7 @@ from galvatron_compile.emulation import EmulatedCluster, emulated_cluster, why_n
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
-RUN_S = 600.0
+RUN_S = 1200.0
 # glibc gives freed memory back to the kernel, and every step pays for it anew, page by page; more
 # in a step, which frees much at once, than where layers are timed. Device allocators keep it.
 KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(1 << 36), "MALLOC_MMAP_THRESHOLD_": str(1 << 36)}
