@@ -47,7 +47,9 @@ class StepInputs:
         weights = {
             f"denominator_{index}": sums[index].to(value.dtype) for index, value in enumerate(local)
         }
-        return [dict(zip(names, leaves, strict=True)) | weights for leaves in micro_batches]
+        # Contiguous, as layers were traced: a cut along another dim than the first is not.
+        whole = [[leaf.contiguous() for leaf in leaves] for leaves in micro_batches]
+        return [dict(zip(names, leaves, strict=True)) | weights for leaves in whole]
 
     def _micro_batches(self, batch: Any) -> list[list[torch.Tensor]]:
         inputs, plan = self.program.inputs, self.program.plan
