@@ -92,7 +92,9 @@ class SearchReport:
         return SearchReport(ranked[0], memory_limit_bytes, (), costs, 0, ranked)
 
     def __str__(self) -> str:
-        rows = [["best plan", *_numbers(self.best), "yes", "the fastest in simulation"]]
+        known = "simulated_ms" in self.best.predicted
+        why = "the fastest in simulation" if known else "the optimum over all assignments"
+        rows = [["best plan", *_numbers(self.best), "yes", why]]
         rows += [_pipeline_row(plan, self.best) for plan in self.pipelines if plan != self.best]
         rows += [_row(candidate) for candidate in self.candidates]
         header = ["strategy", "micro-batches", "simulated ms", "closed form ms", "MiB"]

@@ -83,7 +83,7 @@ def made(setup: str, values: dict[str, torch.Tensor]) -> Any:
     buffers = {"shift": torch.full((2,), 9.0)}
     states = States(units, buffers, {"also": "tied"}, layouts=owners, num_groups=pp)
     plan = Plan("", world, world, 1, ("layer",), (Strategy(tp=1, dp=world),))
-    return SimpleNamespace(_states=states, plan=plan, num_steps=0, _seed=0)
+    return SimpleNamespace(states=states, plan=plan, num_steps=0, seed=0)
 
 
 def adam(parallel: Any) -> torch.optim.Optimizer:
