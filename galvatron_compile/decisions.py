@@ -34,7 +34,7 @@ from galvatron_compile.plans import Plan
 from galvatron_compile.precision import Precision
 from galvatron_compile.printer import fingerprint
 from galvatron_compile.search_report import SearchReport, sources
-from galvatron_compile.staged import Staged
+from galvatron_compile.staged import Staged, stage_strategies
 from galvatron_compile.strategy import Strategy
 from galvatron_compile.text import mib
 from galvatron_compile.work import Cores
@@ -80,12 +80,13 @@ def decide(
     counts = micro_batch_counts(batch_size)
     workload = Workload(job.world_size, batch_size, counts, setting.precision)
 
-    def open_choices() -> tuple[tuple[Strategy, ...], ShardingTable]:
+    def open_choices() -> tuple[tuple[Strategy, ...], tuple[Strategy, ...], ShardingTable]:
         strategies = enumerate_strategies(job.world_size, global_batch_size=batch_size)
-        return strategies, shard(layered, strategies)
+        in_stages = stage_strategies(job.world_size, batch_size)
+        return strategies, in_stages, shard(layered, (*strategies, *in_stages))
 
-    strategies, shardings = job.together(open_choices)
-    uses = product(range(len(layered.classes)), strategies)
+    strategies, in_stages, shardings = job.together(open_choices)
+    uses = product(range(len(layered.classes)), (*strategies, *in_stages))
     estimator = Estimator(layered, shardings, setting.cluster)
     timings = time_layers(layered, estimator, uses, workload, setting, progress)
 

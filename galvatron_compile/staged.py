@@ -27,11 +27,25 @@ from galvatron_compile.passes.strategies import Limits, enumerate_within
 from galvatron_compile.plans import Plan, Stage
 from galvatron_compile.precision import Precision
 from galvatron_compile.simulator import simulate
+from galvatron_compile.strategy import Strategy
 from galvatron_compile.work import Cores
 
 SIMULATED = 8
 """Families whose optima are simulated: the closed form is off by a few per cent where stages are
 uneven or a synchronisation is long, so the best may be a few places down."""
+
+
+def stage_strategies(world_size: int, global_batch_size: int) -> tuple[Strategy, ...]:
+    """One strategy of every form and data degree that a stage on fewer ranks may use."""
+    found = [
+        strategy
+        for ranks in range(1, world_size)
+        if world_size % ranks == 0
+        for strategy in enumerate_within(
+            Limits(ranks, global_batch_size, max_tp=ranks, zero_stages=(0,), recompute=("none",))
+        )
+    ]
+    return tuple(dict.fromkeys(found))
 
 
 @dataclass(frozen=True)

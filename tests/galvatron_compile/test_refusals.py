@@ -108,9 +108,31 @@ def alike(errors: list[Exception], kind: type[Exception], *patterns: str) -> Non
 # --- sizes and memory ---------------------------------------------------------------------------
 
 
+class Single(nn.Module):
+    """One layer, which cannot be cut into stages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(15, 21)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(x).square().mean()
+
+
 def odd_sizes() -> None:
-    # Three samples do not halve, nor do 3 heads, 15 features, 5 tokens or 21 words.
-    compiled(Tiny(15, 3, 21), example_inputs=tokens(3, 5))
+    # Three samples do not halve, nor do 15 and 21 features.
+    compiled(Single(), example_inputs={"x": torch.randn(3, 15)})
+
+
+def odd_stages() -> tuple[int, float]:
+    # Nor do 3 heads, 5 tokens or 21 words, but layers are two or more.
+    parallel = compiled(Tiny(15, 3, 21), example_inputs=tokens(3, 5))
+    return parallel.plan.pp, float(parallel.step(tokens(3, 5)))
+
+
+def test_where_nothing_divides_a_pipeline_still_runs(ranks: Any) -> None:
+    (pp, loss), (_, other) = ranks(2).run(odd_stages)
+    assert pp == 2 and loss == other > 0
 
 
 def test_a_world_size_that_nothing_divides_is_refused(ranks: Any) -> None:
