@@ -81,12 +81,16 @@ def _described(optimizer: torch.optim.Optimizer, states: States) -> Described:
 def _names(optimizer: torch.optim.Optimizer, states: States) -> list[list[str]]:
     """Of the parameters in every group."""
     by_id = {id(entry.master): entry.name for entry in states.entries}
-    if not all(id(p) in by_id for group in optimizer.param_groups for p in group["params"]):
+    held = [  # without what stands in for the parameters of a stage that has none
+        [p for p in group["params"] if id(p) in by_id or p.numel()]
+        for group in optimizer.param_groups
+    ]
+    if not all(id(p) in by_id for group in held for p in group):
         raise CheckpointError(
             "the optimizer holds a tensor that is not among parallel.parameters(); make it from "
             "these"
         )
-    return [[by_id[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+    return [[by_id[id(p)] for p in group] for group in held]
 
 
 def _saved(

@@ -14,7 +14,6 @@ from galvatron_compile.passes.order import order
 from galvatron_compile.passes.pipeline.family import Solution
 from galvatron_compile.passes.pipeline.problem import PipelineProblem
 from galvatron_compile.passes.pipeline.searcher import Outcome, search
-from galvatron_compile.passes.plan_prices import family_of
 from galvatron_compile.planned import GIB, Alternative, Planned, biggest_difference
 from galvatron_compile.plans import Plan, Stage
 from galvatron_compile.prediction import CAUSES
@@ -205,6 +204,7 @@ def predicted(study: Study, given: Plan) -> Plan:
 def simulated(study: Study, given: Plan) -> dict[str, Any]:
     """Parts of ``predicted``: what walking the lists that ranks follow gives, and the work that
     was walked; or why it was not."""
+    from galvatron_compile.passes.plan_prices import family_of
     from galvatron_compile.passes.stage_work import stage_work
 
     size = len(given.layers) * given.num_micro_batches

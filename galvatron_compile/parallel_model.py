@@ -67,6 +67,7 @@ class ParallelModel:
             layouts=program.layouts,
             num_groups=plan.pp,
         )
+        self._nothing = torch.nn.Parameter(torch.empty(0, device=self._device))
         self.num_steps = 0  # done so far; part of the seed of random operators
 
     # The batch.
@@ -193,9 +194,13 @@ class ParallelModel:
             yield entry.name, entry.master
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
-        """What an optimizer takes: fp32 masters under mixed precision, shards under ZeRO."""
-        for _, master in self.named_parameters():
-            yield master
+        """What an optimizer takes: fp32 masters under mixed precision, shards under ZeRO.
+
+        On ranks whose stage has no parameters one without elements, so that an optimizer can be
+        made on every rank.
+        """
+        masters = [master for _, master in self.named_parameters()]
+        yield from masters or [self._nothing]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         for master in self.parameters():

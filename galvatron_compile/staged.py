@@ -92,8 +92,20 @@ class Staged:
         problems = self._problems()
         if not problems:
             return []
-        solved = search(problems, top).solved[:top]
-        return [self.priced(self._plan(solution)) for solution in solved]
+        plans = [self._plan(solution) for solution in search(problems, top).solved[:top]]
+        return [self.priced(plan) for plan in plans if self._trains_everywhere(plan)]
+
+    def _trains_everywhere(self, plan: Plan) -> bool:
+        """Every group has a parameter to train; an optimizer over none cannot be made."""
+        parameters, layers = self.layered.graph.parameters, self.layered.layers
+        return all(
+            any(
+                parameters[name].requires_grad
+                for index in plan.group_layers(group)
+                for name in layers[index].parameters
+            )
+            for group in range(plan.pp)
+        )
 
     def _problems(self) -> list[PipelineProblem]:
         space = Space(len(self.layered.layers), self.world_size, self.global_batch_size)
