@@ -522,3 +522,33 @@ def test_an_example_of_one_sample_means_a_batch_of_one() -> None:
     assert parallel.plan.global_batch_size == 1
     loss = parallel.step(parallel.local_batch(single))
     assert loss.item() == pytest.approx(model(**single).item(), rel=1e-9)
+
+
+class TwoAndALoss(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4))
+
+    def forward(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(self.body(x), target)
+
+
+def a_stage_without_parameters(folder: str) -> tuple[int, list[float]]:
+    torch.manual_seed(0)
+    batch = {"x": torch.randn(8, 8), "target": torch.randint(0, 4, (8,))}
+    parallel = compiled(TwoAndALoss(), batch, plan="dp1; stages=2,1; micro=2")
+    optimize = optimizer(parallel.parameters())
+    losses = []
+    for _ in range(2):
+        losses.append(parallel.step(parallel.local_batch(batch)).item())
+        optimize.step()
+        optimize.zero_grad()
+        gc.save_checkpoint(folder, parallel, optimize)
+    gc.load_checkpoint(folder, parallel, optimize)
+    return len(list(parallel.named_parameters())), losses
+
+
+def test_a_stage_without_parameters_has_an_optimizer_too(ranks: Any, tmp_path: Path) -> None:
+    first, last = ranks(2).run(a_stage_without_parameters, str(tmp_path))
+    assert (first[0], last[0]) == (4, 0)
+    assert first[1] == last[1] and first[1][1] < first[1][0]
