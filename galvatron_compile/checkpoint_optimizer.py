@@ -239,7 +239,8 @@ class OptimizerLoad:
             for place, name in enumerate(names, index):
                 if saved := self.saved.states.get(self.names[name]):
                     new[place] = {key: self._value(name, key, saved[key]) for key in saved}
-            indices = list(range(index, index := index + len(names)))
+            count = len(self.optimizer.param_groups[number]["params"])  # a stand-in has no name
+            indices = list(range(index, index := index + count))
             groups.append({**self._options(number, names), "params": indices})
         self.optimizer.load_state_dict({"state": new, "param_groups": groups})
         self._restore_dtypes(new)
