@@ -43,7 +43,6 @@ class Executor:
     """Obeys lists of actions over one rank's program; decides nothing.
 
     pieces: how each of the rank's layers runs, by layer number.
-    loss: name of the value that the last stage's graph gives.
     """
 
     def __init__(self, program: StageProgram, pieces: Mapping[int, Piece]) -> None:

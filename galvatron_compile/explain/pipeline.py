@@ -9,7 +9,7 @@ from typing import NamedTuple
 from galvatron_compile.errors import PlanError
 from galvatron_compile.explain import svg
 from galvatron_compile.explain.parts import Key, Section
-from galvatron_compile.explain.streams import BENEATH, HEIGHT, Window, beneath
+from galvatron_compile.explain.streams import BENEATH, HEIGHT, Window, beneath, time_axis
 from galvatron_compile.plans import Plan, Stage
 from galvatron_compile.prediction import Prediction, schedule_name, stage_noun
 from galvatron_compile.quantities import count, duration, percent, size
@@ -194,7 +194,9 @@ def _figure(plan: Plan, drawing: Drawing) -> str:
         parts += draw(drawing, window)
         if drawing.detailed:
             parts += beneath(timeline, window, [drawing.top(g) + drawing.box for g in range(num)])
-        parts += _axis(timeline, window, drawing.bottom)
+        if not timeline.assumed:
+            about = max(2, round((window.right - window.left) / 150))
+            parts += time_axis(window, drawing.bottom, timeline.total_ms, about)
     if len(windows) > 1:
         middle = (windows[0].right + windows[1].left) / 2
         parts.append(svg.text(middle, (_TOP + drawing.bottom) / 2, "…", "gap", "middle"))
@@ -244,19 +246,3 @@ def _merged(drawing: Drawing, window: Window) -> list[str]:
         for box, left, width in _visible(row, window):
             boxes[box.colour].append((left, drawing.top(group), width, drawing.box))
     return [svg.rects(found, colour) for colour, found in boxes.items()]
-
-
-def _axis(timeline: Timeline, window: Window, bottom: float) -> list[str]:
-    if timeline.assumed:
-        return []
-    seconds = timeline.total_ms >= 2_000
-    scale, unit = (1_000.0, "s") if seconds else (1.0, "ms")
-    about = max(2, round((window.right - window.left) / 150))
-    parts = []
-    for value in svg.ticks(window.start_ms / scale, window.end_ms / scale, about):
-        x = window.x(value * scale)
-        parts.append(svg.line(x, bottom, x, bottom + 5, "tick"))
-        anchor = "start" if x < window.left + 20 else "end" if x > window.right - 20 else "middle"
-        label = f"{value:,.3f}".rstrip("0").rstrip(".")
-        parts.append(svg.text(x, bottom + 15, f"{label or '0'} {unit}", "axis", anchor))
-    return parts

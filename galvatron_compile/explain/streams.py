@@ -84,3 +84,16 @@ def _held(
         heights = [points[-1][1], floor - scale * most, floor - scale * last]
         points += [(x, y) for y in dict.fromkeys(heights)]
     return [*points, (window.right, points[-1][1])]
+
+
+def time_axis(window: Window, bottom: float, whole_ms: float, about: int) -> list[str]:
+    """About ``about`` times under a figure, in seconds where the whole of it lasts long."""
+    scale, unit = (1_000.0, "s") if whole_ms >= 2_000 else (1.0, "ms")
+    parts = []
+    for value in svg.ticks(window.start_ms / scale, window.end_ms / scale, about):
+        x = window.x(value * scale)
+        parts.append(svg.line(x, bottom, x, bottom + 5, "tick"))
+        anchor = "start" if x < window.left + 20 else "end" if x > window.right - 20 else "middle"
+        label = f"{value:,.3f}".rstrip("0").rstrip(".")
+        parts.append(svg.text(x, bottom + 15, f"{label or '0'} {unit}", "axis", anchor))
+    return parts

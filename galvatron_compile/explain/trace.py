@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from galvatron_compile.explain import svg
 from galvatron_compile.explain.parts import Column, Grid, Key, Section, numbers
 from galvatron_compile.explain.pipeline import COLOURS
-from galvatron_compile.explain.streams import BENEATH, Window
-from galvatron_compile.explain.trace_lines import LEFT, axis, timelines
+from galvatron_compile.explain.streams import BENEATH, Window, time_axis
+from galvatron_compile.explain.trace_lines import LEFT, timelines
 from galvatron_compile.prediction import stage_noun
 from galvatron_compile.quantities import count, duration, percent, size
 from galvatron_compile.timeline import NAMES, Held
@@ -121,7 +121,7 @@ def _memory(trace: Trace) -> Section:
         parts.append(svg.text(LEFT - 10, top + curve / 2, row.name, "label", "end"))
         parts.append(svg.text(LEFT - 10, floor, "0", "axis", "end"))
         top = floor + _CURVE_GAP
-    parts += axis(window, top - 6)
+    parts += time_axis(window, top - 6, window.end_ms, 7)
     keys = [Key("line-measured", "measured")]
     if any(row.predicted is not None for row in peaks):
         keys.insert(0, Key("line-predicted", "predicted"))

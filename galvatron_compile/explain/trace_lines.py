@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from galvatron_compile.explain import svg
 from galvatron_compile.explain.pipeline import COLOURS
-from galvatron_compile.explain.streams import BENEATH, Window
+from galvatron_compile.explain.streams import BENEATH, Window, time_axis
 from galvatron_compile.plans import Stage
 from galvatron_compile.quantities import count, duration
 from galvatron_compile.timeline import NAMES, Span, blocks
@@ -47,7 +47,7 @@ def timelines(trace: Trace) -> str:
         parts += _bars(line.beside, window, top + box + 1.5)
         parts.append(svg.text(LEFT - 10, top + box / 2, line.label, f"label{small}", "end"))
         top += box + _BAR + 5
-    parts += axis(window, top) + _ends(trace, window, top)
+    parts += time_axis(window, top, window.end_ms, 7) + _ends(trace, window, top)
     return svg.figure(top + 26, parts, f"Predicted and measured timelines of {count(num, 'group')}")
 
 
@@ -110,19 +110,6 @@ def _bars(spans: Sequence[Span], window: Window, top: float) -> list[str]:
                 left, right = window.x(span.start_ms), window.x(span.end_ms)
                 boxes.append((left, top, max(right - left, 0.4), _BAR))
         parts.append(svg.rects(boxes, colour))
-    return parts
-
-
-def axis(window: Window, bottom: float) -> list[str]:
-    """Times under a figure."""
-    scale, unit = (1_000.0, "s") if window.end_ms >= 2_000 else (1.0, "ms")
-    parts = []
-    for value in svg.ticks(0.0, window.end_ms / scale, 7):
-        x = window.x(value * scale)
-        parts.append(svg.line(x, bottom, x, bottom + 5, "tick"))
-        anchor = "start" if x < window.left + 20 else "end" if x > window.right - 20 else "middle"
-        label = f"{value:,.3f}".rstrip("0").rstrip(".")
-        parts.append(svg.text(x, bottom + 15, f"{label or '0'} {unit}", "axis", anchor))
     return parts
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from galvatron_compile.errors import UnsupportedError
 from galvatron_compile.explain.pipeline import COLOURS
 from galvatron_compile.explain.streams import BENEATH
 from galvatron_compile.explain.trace_lines import lines
+from galvatron_compile.pictures import new_figure, write
 from galvatron_compile.quantities import duration, size
 from galvatron_compile.timeline import NAMES
 from galvatron_compile.trace import Trace
@@ -30,22 +30,10 @@ def draw(trace: Trace, path: Path) -> None:
     UnsupportedError without matplotlib, for a format that it does not write, or for a place that
     cannot be written.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UnsupportedError("--trace-png needs matplotlib: pip install matplotlib") from error
     num = trace.num_groups
     has_memory = any(row.measured is not None for row in trace.peaks)
     heights = [2.0 * num] + [1.3] * (num if has_memory else 0)
-    figure = Figure(figsize=(11, 1.3 + 0.42 * sum(heights)), layout="constrained")
-    FigureCanvasAgg(figure)
-    known = figure.canvas.get_supported_filetypes()
-    if path.suffix.removeprefix(".").lower() not in known:
-        raise UnsupportedError(
-            f"cannot write a picture as {path.suffix or 'a file without ending'}; use "
-            f".{', .'.join(sorted(known))}"
-        )
+    figure = new_figure(path, (11, 1.3 + 0.42 * sum(heights)), "--trace-png")
     panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights, squeeze=False)
     axes = [panel for (panel,) in panels]
     _timelines(axes[0], trace)
@@ -54,10 +42,7 @@ def draw(trace: Trace, path: Path) -> None:
     axes[-1].set_xlabel("ms")
     axes[-1].set_xlim(0, trace.total_ms)
     figure.suptitle(_title(trace), fontsize=10)
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise UnsupportedError(f"cannot write {path}: {error}") from error
+    write(figure, path)
 
 
 def _title(trace: Trace) -> str:

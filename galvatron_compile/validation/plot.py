@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from galvatron_compile.errors import UnsupportedError
+from galvatron_compile.pictures import new_figure, write
 from galvatron_compile.validation.metrics import Pair
 
 BANDS = {0.25: "0.92", 0.1: "0.82"}
@@ -19,24 +19,9 @@ def plot(pairs: Sequence[Pair], path: Path) -> None:
     The file's ending chooses the format (png, svg, pdf). UnsupportedError without matplotlib or
     for a format that it does not write.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UnsupportedError("--plot needs matplotlib: pip install matplotlib") from error
-    figure = Figure(figsize=(7.5, 7), layout="constrained")
-    FigureCanvasAgg(figure)
-    known = figure.canvas.get_supported_filetypes()
-    if path.suffix.removeprefix(".").lower() not in known:
-        raise UnsupportedError(
-            f"cannot write a picture as {path.suffix or 'a file without ending'}; use "
-            f".{', .'.join(sorted(known))}"
-        )
+    figure = new_figure(path, (7.5, 7), "--plot")
     draw(figure.add_subplot(), pairs)
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise UnsupportedError(f"cannot write {path}: {error}") from error
+    write(figure, path)
 
 
 def draw(axes: Any, pairs: Sequence[Pair]) -> None:
