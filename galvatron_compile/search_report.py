@@ -36,9 +36,12 @@ class Candidate:
         return "simulated_ms" in self.predicted
 
     def judged(self, best: Plan) -> Candidate:
-        """With a verdict by simulation, where there is one."""
-        if self.plan is None or not self.is_simulated:
+        """With a verdict by simulation, where there is one; else it says that it is not."""
+        if self.plan is None:
             return self
+        if not self.is_simulated:
+            slower = " slower, not simulated, in the closed form:"
+            return replace(self, verdict=self.verdict.replace(" slower:", slower))
         if self.plan == best:
             return replace(self, verdict="is the best plan")
         reason = self.verdict.partition(": ")[2]
@@ -94,7 +97,8 @@ class SearchReport:
     def __str__(self) -> str:
         known = "simulated_ms" in self.best.predicted
         why = "the fastest in simulation" if known else "the optimum over all assignments"
-        rows = [["best plan", *_numbers(self.best), "yes", why]]
+        name = f"best plan ({_pipeline_name(self.best)})" if self.best.pp > 1 else "best plan"
+        rows = [[name, *_numbers(self.best), "yes", why]]
         rows += [_pipeline_row(plan, self.best) for plan in self.pipelines if plan != self.best]
         rows += [_row(candidate) for candidate in self.candidates]
         header = ["strategy", "micro-batches", "simulated ms", "closed form ms", "MiB"]
@@ -139,11 +143,14 @@ def _numbers(plan: Plan) -> list[str]:
 
 
 def _pipeline_row(plan: Plan, best: Plan) -> list[str]:
+    return [_pipeline_name(plan), *_numbers(plan), "yes", behind(plan, best)]
+
+
+def _pipeline_name(plan: Plan) -> str:
     """A plan of several stages in brief: its stages, and what most of its layers use."""
     usual = Counter(plan.strategies).most_common(1)[0][0]
     mixed = "" if len(set(plan.strategies)) == 1 else ", mixed"
-    name = f"pp{plan.pp} {plan.schedule}, {usual}{mixed}"
-    return [name, *_numbers(plan), "yes", behind(plan, best)]
+    return f"pp{plan.pp} {plan.schedule}, {usual}{mixed}"
 
 
 def sources(plan: Plan) -> str:
