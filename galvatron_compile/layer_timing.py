@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from galvatron_compile.job import Job
 
+T = TypeVar("T")
 FormKey = tuple[int, int, bool]  # class index, tensor-parallel degree, sequence parallel
 TimingKey = tuple[int, int, bool, int]  # … and the micro-batch size on one rank
 
@@ -132,7 +133,12 @@ def _timing(
     """From the cache, or measured and put there; None if some rank has not enough memory."""
     name = hashlib.sha256(f"{experiment.text} batch={size}".encode()).hexdigest()[:24]
     if name not in cached:
-        each = job.everyone(partial(_time, experiment.prepare, size, job.device))
+        made: list[Forward] = []
+        # All ranks are ready before any is timed: preparing takes longer than timing, and a rank
+        # that is timed while others have nothing to do has more of a shared machine.
+        if not all(job.everyone(partial(_prepare, experiment.prepare, size, job.device, made))):
+            return None
+        each = job.everyone(partial(_time, made[0], job.device))
         known = [times for times in each if times is not None]
         if len(known) < len(each):
             return None
@@ -140,12 +146,24 @@ def _timing(
     return LayerTiming(*cached[name])
 
 
-def _time(
-    prepare: Callable[[int], Forward], size: int, device: torch.device
-) -> tuple[float, float] | None:
+def _prepare(
+    prepare: Callable[[int], Forward], size: int, device: torch.device, made: list[Forward]
+) -> bool:
+    """Put what is to be timed into ``made``; False if the memory does not suffice."""
+    found = _attempt(lambda: prepare(size), device)
+    if found is not None:
+        made.append(found)
+    return found is not None
+
+
+def _time(forward: Forward, device: torch.device) -> tuple[float, float] | None:
     """Forward and backward in ms; None if the memory does not suffice."""
+    return _attempt(lambda: _medians(forward, device), device)
+
+
+def _attempt(step: Callable[[], T], device: torch.device) -> T | None:
     try:
-        return _medians(prepare(size), device)
+        return step()
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
