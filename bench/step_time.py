@@ -6,7 +6,8 @@ machine hits both. A step is forward, backward and synchronisation; AdamW is tim
 given apart, since DTensor's overhead there is not what we compare with. The time of a step is that
 of the slowest rank; ratios are between medians, beside the middle half of the pairs' ratios. Then
 one more step of each side is run with every tensor counted (galvatron_compile.memory_meter): the
-most that a rank's tensors take, parameters, gradients and optimizer state included.
+most that a rank's tensors take, parameters, gradients and optimizer state included. What is not a
+tensor of Python is not seen on either side: gloo's copies, and the buckets of DDP.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from gc import collect, get_objects
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,6 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from by_hand import BY_HAND, adamw
@@ -81,15 +83,30 @@ def build(options: argparse.Namespace) -> nn.Module:
     return model
 
 
-class Side:
-    """One contender: something with ``local_batch``, ``step`` and ``parameters``, and AdamW."""
+def living() -> list[torch.Tensor]:
+    """Every tensor of this process that has memory of its own; a DTensor is not, its shard is."""
+    collect()
+    found = [x for x in get_objects() if type(x) in (torch.Tensor, nn.Parameter)]
+    return [x for x in found if x.layout is torch.strided and x.device.type == "cpu"]
 
-    def __init__(self, program: Any) -> None:
-        self.program = program
-        self.optimizer = adamw(program.parameters())
+
+class Side:
+    """One contender: something with ``local_batch``, ``step`` and ``parameters``, and AdamW.
+
+    held: the tensors that it has between steps. Those that were there before it was made and took
+    its first step are not its own.
+    """
+
+    def __init__(self, make: Callable[[], Any], batch: dict[str, torch.Tensor]) -> None:
+        before = living()  # kept, so that no other storage takes the place of one of them
+        others = {id(x.untyped_storage()) for x in before}
+        self.program = make()
+        self.optimizer = adamw(self.program.parameters())
         self.step_ms: list[float] = []
         self.total_ms: list[float] = []
         self.loss = float("nan")
+        self.step(batch)
+        self.held = [x for x in living() if id(x.untyped_storage()) not in others]
 
     def step(self, batch: dict[str, torch.Tensor]) -> None:
         local = self.program.local_batch(batch)
@@ -109,11 +126,7 @@ class Side:
     def peak_bytes(self, batch: dict[str, torch.Tensor]) -> int:
         """Of a step and AdamW, on the rank that needs most."""
         local = self.program.local_batch(batch)
-        held = [*self.program.parameters(), *local.values()]
-        for state in self.optimizer.state.values():
-            held += [x for x in state.values() if isinstance(x, torch.Tensor)]
-        here = [x.to_local() if isinstance(x, DTensor) else x for x in held]
-        with metering(torch.device("cpu"), here) as meter:
+        with metering(torch.device("cpu"), [*self.held, *local.values()]) as meter:
             self.program.step(local)
             self.optimizer.step()
             peak = meter.take_peak_bytes()
@@ -123,21 +136,28 @@ class Side:
         return int(most)
 
 
+def compiled(
+    plan: str,
+    cluster: gc.ClusterProfile,
+    batch: dict[str, torch.Tensor],
+    options: argparse.Namespace,
+) -> gc.ParallelModel:
+    return gc.compile(
+        build(options),
+        cluster,
+        example_inputs={key: value[:2] for key, value in batch.items()},
+        global_batch_size=options.batch_size,
+        plan=plan,
+    )
+
+
 def contend(plan: str, cluster: gc.ClusterProfile, options: argparse.Namespace) -> Row:
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, 1024, (options.batch_size, options.length), generator=generator)
     batch = {"input_ids": ids, "labels": ids.clone()}
     name, parallelise = BY_HAND[plan]
-    hand = Side(parallelise(build(options)))
-    ours = Side(
-        gc.compile(
-            build(options),
-            cluster,
-            example_inputs={key: value[:2] for key, value in batch.items()},
-            global_batch_size=options.batch_size,
-            plan=plan,
-        )
-    )
+    hand = Side(lambda: parallelise(build(options)), batch)
+    ours = Side(lambda: compiled(plan, cluster, batch, options), batch)
     difference = 0.0
     for repetition in range(options.warm_up + options.repetitions):
         order = (hand, ours) if repetition % 2 == 0 else (ours, hand)
@@ -157,6 +177,7 @@ def summarise(
     peaks: tuple[int, int],
     difference: float,
 ) -> Row:
+    warm_up += 1  # the step that made a side
     hand_ms, ours_ms = hand.step_ms[warm_up:], ours.step_ms[warm_up:]
     medians = statistics.median(hand_ms), statistics.median(ours_ms)
     ratios = [b / a for a, b in zip(hand_ms, ours_ms, strict=True)]

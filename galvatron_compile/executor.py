@@ -246,6 +246,11 @@ class Executor:
         for (unit, place), gradient in zip(places, found, strict=True):
             if gradient is not None:
                 self.units[unit].add_gradient(place, gradient)
+        for unit in {unit for unit, _ in places}:
+            # Under ZeRO-2 and 3 a sum follows, which packs when gathered weights are freed: packing
+            # needs the memory of the gradients twice.
+            if self.units[unit].zero < 2:
+                self.units[unit].pack()
 
 
 @dataclass(frozen=True)

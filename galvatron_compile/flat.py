@@ -5,6 +5,7 @@ With ``n`` ranks along the data axis (``parts = n`` under ZeRO, else 1) a bucket
 - ``master``: ``[shard]``, this rank's chunk of every parameter one behind the other;
 - ``working``: per parameter a region of ``parts * chunk`` elements, in which the tensor-local
   parameter lies contiguously;
+- ``arrived``: gradients of working tensors, as backward made them;
 - ``pending``: ``[parts, shard]``, gradients not yet summed over ranks, in the order that
   reduce-scatter wants; ``reduced``: ``[shard]``, the sum.
 
@@ -14,20 +15,17 @@ Chunks are padded to equal size, so collectives are the ``_tensor`` ones with eq
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from galvatron_compile.gather_scatter import Waitable, all_gather, reduce_scatter
 from galvatron_compile.layout import ParameterLayout
 from galvatron_compile.mesh import Axis
 from galvatron_compile.precision import Precision
-
-# torch 2.13 renamed these two and warns at every call of the old names.
-_gather: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 ALIGNMENT = 32  # elements; keeps every parameter on a 64-byte boundary in the smallest dtype
 
@@ -37,20 +35,21 @@ def gather_parts(part: torch.Tensor, axis: Axis) -> torch.Tensor:
     if axis.group is None:
         return part[None]
     gathered = part.new_empty(axis.size * part.numel())
-    _gather(gathered, part.reshape(-1), group=axis.group)
+    all_gather(gathered, part.reshape(-1), axis.group).wait()
     return gathered.view(axis.size, *part.shape)
 
 
 @dataclass
 class InFlight:
-    """A collective that was launched, what it holds on to, and what to do when it is done."""
+    """A collective that was launched, and what to do when it is done."""
 
-    work: dist.Work | None
+    work: Waitable | None
     complete: Callable[[], None]
 
     def wait(self) -> None:
         if self.work is not None:
             self.work.wait()
+            self.work = None
         self.complete()
 
 
@@ -101,6 +100,7 @@ class FlatBucket:
         )
         self.working = [self._working(slot) for slot in self.slots]
         self.gathering: InFlight | None = None
+        self.arrived: deque[tuple[Slot, torch.Tensor]] = deque()
         self.pending: torch.Tensor | None = None
         self.reduced: torch.Tensor | None = None
         self.filled: set[int] = set()  # slots with something in ``pending``
@@ -148,9 +148,9 @@ class FlatBucket:
         if single:
             self._make_room()
         target = self.buffer if single else self.buffer.new_empty(self.parts * self.shard_numel)
-        work = None
+        work: Waitable | None = None
         if self.data.group is not None:
-            work = _gather(target, source, group=self.data.group, async_op=True)
+            work = all_gather(target, source, self.data.group)
 
         def complete(source: torch.Tensor = source) -> None:
             if not single:  # not before: one of the two is enough while the collective is under way
@@ -177,7 +177,16 @@ class FlatBucket:
     # Gradients.
 
     def add(self, slot: Slot, gradient: torch.Tensor) -> None:
-        """Add the gradient of one working tensor to what is to be summed over ranks."""
+        """Take the gradient of one working tensor, to be added to what is summed over ranks."""
+        self.arrived.append((slot, gradient))
+        self.touched.add(slot.index)
+
+    def pack(self) -> None:
+        """Add what arrived to ``pending``, letting go of one gradient after the other."""
+        while self.arrived:
+            self._pack(*self.arrived.popleft())
+
+    def _pack(self, slot: Slot, gradient: torch.Tensor) -> None:
         if self.pending is None:
             shape = (self.parts, self.shard_numel)
             self.pending = torch.zeros(shape, dtype=self.reduce_dtype, device=self.master.device)
@@ -194,15 +203,15 @@ class FlatBucket:
             else:
                 into.copy_(piece)
         self.filled.add(slot.index)
-        self.touched.add(slot.index)
 
     def launch_reduce(self) -> InFlight | None:
         """Start the SUM over the data axis of what is pending; None if nothing is."""
+        self.pack()
         pending, self.pending = self.pending, None
         self.filled.clear()
         if pending is None:
             return None
-        work = None
+        work: Waitable | None = None
         if self.parts == 1:
             output = pending.view(-1)
             if self.data.group is not None:
@@ -211,9 +220,9 @@ class FlatBucket:
             output = pending[self.data.index]
         else:
             output = pending.new_empty(self.shard_numel)
-            work = _scatter(output, pending.view(-1), group=self.data.group, async_op=True)
+            work = reduce_scatter(output, pending.view(-1), self.data.group)
 
-        def complete(pending: torch.Tensor = pending) -> None:
+        def complete() -> None:
             self.reduced = output if self.reduced is None else self.reduced.add_(output)
 
         return InFlight(work, complete)
@@ -242,6 +251,7 @@ class FlatBucket:
 
     def drop(self) -> None:
         self.pending = self.reduced = None
+        self.arrived.clear()
         self.filled.clear()
         self.touched.clear()
 

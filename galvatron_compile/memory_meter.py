@@ -32,15 +32,17 @@ class MemoryMeter(TorchDispatchMode):
     """Live bytes of all storages on the CPU that operators of this thread made while it was on, and
     of those that were registered.
 
-    Storages, so that views count once, and a buffer that is resized in place has its new size from
-    the next operator that touches it on, or from the next question. Nothing is kept alive. Tensors
-    of other threads and of communication libraries do not count, even where an operator reads them
-    (gloo sums in copies of its own).
+    Storages, so that views count once. A storage that was empty, or had another size, when it was
+    last looked at is one that is resized in place: it has its new size from the next operator on.
+    Any other that is resized, from the next operator that touches it. Nothing is kept alive.
+    Tensors of other threads and of communication libraries do not count, even where an operator
+    reads them (gloo sums in copies of its own).
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._known: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
+        self._resized = set[int]()  # keys of storages that are resized in place
         self._total = self._peak = 0
 
     def register(self, tensors: Iterable[Tensor]) -> None:
@@ -68,7 +70,9 @@ class MemoryMeter(TorchDispatchMode):
         given = _storages(_tensors((args, kwargs)))
         places = {id(storage) for storage in given}
         made = [s for s in _storages(_tensors(result)) if id(s) not in places]
-        for storage in (*(s for s in given if id(s) in self._known), *made):
+        resized = [self._known[key][0]() for key in self._resized]
+        known = (s for s in given if id(s) in self._known)
+        for storage in (*(s for s in resized if s is not None), *known, *made):
             self._count(storage)
         self._peak = max(self._peak, self._total)
         return result
@@ -82,12 +86,15 @@ class MemoryMeter(TorchDispatchMode):
             reference, before = self._known[key]
         else:
             reference, before = weakref.ref(storage, lambda _: self._forget(key)), 0
+        if num_bytes == 0 or (key in self._known and num_bytes != before):
+            self._resized.add(key)
         if num_bytes != before or key not in self._known:
             self._known[key] = reference, num_bytes
             self._total += num_bytes - before
 
     def _forget(self, key: int) -> None:
         self._total -= self._known.pop(key)[1]
+        self._resized.discard(key)
 
 
 def _tensors(tree: Any) -> list[Tensor]:

@@ -6,17 +6,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from galvatron_compile.curves import KINDS, CollectiveCurve, rising
+from galvatron_compile.gather_scatter import all_gather, reduce_scatter
 from galvatron_compile.stopwatch import Stopwatch
-
-# torch 2.13 renamed them and warns about the old names; 2.11 has only those.
-_gather: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 _ITEM_BYTES = 4  # float32
 _MAX_SIZES = 6  # group sizes per tier: enough for a curve, few enough for a thousand ranks
@@ -126,8 +122,8 @@ def _collective(
         other = torch.zeros_like(whole)
         calls: dict[str, Callable[[], object]] = {
             "all_reduce": lambda: dist.all_reduce(whole, group=group),
-            "all_gather": lambda: _gather(whole, mine, group=group),
-            "reduce_scatter": lambda: _scatter(mine, whole, group=group),
+            "all_gather": lambda: all_gather(whole, mine, group).wait(),
+            "reduce_scatter": lambda: reduce_scatter(mine, whole, group).wait(),
             "all_to_all": lambda: dist.all_to_all_single(other, whole, group=group),
             "broadcast": lambda: dist.broadcast(whole, ranks[0], group=group),
         }

@@ -1,7 +1,7 @@
 """What a rank holds while its list is walked: every buffer from where it is made to its end.
 
 The rules are those of the runtime (galvatron_compile.flat): working parameters live from gather to
-free, gradients that are not summed yet from the first backward to the end of their sum, saved
+free, gradients that are not summed yet from the first backward to the wait for their sum, saved
 activations from forward to backward, messages from where room is made to where they are taken.
 """
 
@@ -54,13 +54,22 @@ class MemoryLog:
             self.again.add(key)
             self.add(start_ms, _SAVED, work.recomputed_bytes)
         self.add(start_ms, _TRANSIENT, work.transient_bytes)
-        self.add(end_ms, _TRANSIENT, -work.transient_bytes)
+        found = outline.units if kind in ("backward", "backward_weight") else ()
+        fresh = [u for u in found if self.outline.units[u].trainable and u not in self.pending]
         if kind in ("backward", "backward_weight"):
             self.add(end_ms, _SAVED, -work.saved_bytes - work.recomputed_bytes)
-            for unit in outline.units:  # buckets are made when the layer's gradients are there
-                if self.outline.units[unit].trainable and unit not in self.pending:
-                    self.pending.add(unit)
-                    self.add(end_ms, _GRADIENTS, self.work.units[unit].pending_bytes)
+        # Gradients are packed while those that backward made are still there, or kept as they are
+        # for a sum that follows (ZeRO-2 and 3).
+        packed = [u for u in fresh if self.outline.units[u].zero < 2]
+        kept = [u for u in fresh if self.outline.units[u].zero >= 2]
+        self._gradients(end_ms, packed)
+        self.add(end_ms, _TRANSIENT, -work.transient_bytes)
+        self._gradients(end_ms, kept)
+
+    def _gradients(self, now_ms: float, units: list[int]) -> None:
+        self.pending.update(units)
+        for unit in units:
+            self.add(now_ms, _GRADIENTS, self.work.units[unit].pending_bytes)
 
     def collective_started(self, action: Action, now_ms: float) -> None:
         unit = self.work.units[action.index]
@@ -68,16 +77,29 @@ class MemoryLog:
             self.add(now_ms, _GATHERED, unit.working_bytes)
         elif action.kind == "reduce":
             self.pending.discard(action.index)
+            if self.outline.units[action.index].zero >= 2:
+                self._passing(now_ms, _GRADIENTS, unit.pending_bytes)  # packs what backward made
+            self.add(now_ms, _GRADIENTS, unit.exchange_bytes)
             if unit.gradient_bytes != unit.pending_bytes:
                 self.add(now_ms, _GRADIENTS, unit.gradient_bytes)
 
-    def collective_ended(self, action: Action, now_ms: float) -> None:
-        unit = self.work.units[action.index]
-        if action.kind == "reduce" and unit.gradient_bytes != unit.pending_bytes:
-            first = action.index not in self.reduced
-            gone = unit.pending_bytes + (0 if first else unit.gradient_bytes)
-            self.add(now_ms, _GRADIENTS, -gone)
-            self.reduced.add(action.index)
+    def waited(self, kind: str, index: int, now_ms: float) -> None:
+        """For the end of a gather or a sum, which is when the runtime lets go of its buffers."""
+        unit = self.work.units[index]
+        if kind == "gather":
+            self._passing(now_ms, _GATHERED, unit.working_bytes)  # copies to where it is read
+        elif kind == "reduce":
+            self.add(now_ms, _GRADIENTS, -unit.exchange_bytes)
+            if unit.gradient_bytes != unit.pending_bytes:
+                first = index not in self.reduced
+                gone = unit.pending_bytes + (0 if first else unit.gradient_bytes)
+                self.add(now_ms, _GRADIENTS, -gone)
+                self.reduced.add(index)
+
+    def _passing(self, now_ms: float, part: int, num_bytes: int) -> None:
+        """There for a moment only."""
+        self.add(now_ms, part, num_bytes)
+        self.add(now_ms, part, -num_bytes)
 
     def freed(self, unit: int, now_ms: float) -> None:
         self.add(now_ms, _GATHERED, -self.work.units[unit].working_bytes)

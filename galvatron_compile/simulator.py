@@ -144,7 +144,6 @@ class _Walk:
 
     def collective_ended(self, index: int, group: Group, job: Job) -> None:
         del group.open[job.action.kind, job.action.index]
-        group.memory.collective_ended(job.action, self.now)
         group.record(job.action, "communication", job)
         group.collective = group.queue.popleft() if group.queue else None
         if group.collective is not None:
@@ -153,6 +152,7 @@ class _Walk:
             self.retime(index)
         if group.awaited is job:
             group.awaited = None
+            group.memory.waited(job.action.kind, job.action.index, self.now)
             group.exposed[job.action.kind] += self.now - group.blocked_at
             self.go_on(index)
 
@@ -203,7 +203,10 @@ class _Walk:
             group.memory.collective_started(action, self.now)
             self.collective(index, action)
         elif kind == "wait_gather" or kind == "wait_reduce":
-            group.awaited = group.open.get((kind.removeprefix("wait_"), action.index))
+            started = kind.removeprefix("wait_")
+            group.awaited = group.open.get((started, action.index))
+            if group.awaited is None:
+                group.memory.waited(started, action.index, self.now)
             return group.awaited is None
         elif kind == "reduce_tensor":
             group.awaited = self.collective(index, action)

@@ -6,28 +6,25 @@ alive) and leaves its input alone. On a dry axis nothing moves and shapes are ri
 tensors may flow through. On a traced axis an operator is recorded. Axes of one rank never come
 here.
 
-Backends must implement the collectives themselves: gloo (2.11 to 2.13) and NCCL do, for float64,
-float32, bfloat16, float16 and integers; what a backend refuses is raised, never replaced by a
-slower way. Booleans travel as bytes.
+Backends must implement the collectives for float64, float32, bfloat16, float16 and integers, as
+gloo (2.11 to 2.13) and NCCL do; what a backend refuses is raised. Booleans travel as bytes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from galvatron_compile import axis_operators  # noqa: F401 - defines OPS
+from galvatron_compile import (
+    axis_operators,  # noqa: F401 - defines OPS
+    gather_scatter,
+)
 from galvatron_compile.errors import ShapeError
 from galvatron_compile.mesh import Axis
-
-# torch 2.13 renamed these two and warns at every call of the old names.
-_gather: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 OPS: Any = torch.ops.galvatron  # defined by axis_operators
 SUM = dist.ReduceOp.SUM
@@ -61,7 +58,7 @@ def all_gather(x: Tensor, dim: int, outer: int, axis: Axis) -> Tensor:
         return _join(x.unsqueeze(0).expand(n, *x.shape), dim, outer)
     wire = _as_wire(x)
     out = wire.new_empty((n, *wire.shape))
-    _gather(out.view(-1), wire.view(-1), group=_group(axis))
+    gather_scatter.all_gather(out.view(-1), wire.view(-1), _group(axis)).wait()
     return _join(out.view(x.dtype), dim, outer)
 
 
@@ -73,7 +70,7 @@ def reduce_scatter(x: Tensor, dim: int, outer: int, axis: Axis) -> Tensor:
         return shard(x, dim, outer, axis)
     send = _split(x, dim, outer, axis.size).contiguous()
     out = send.new_empty(send.shape[1:])
-    _scatter(out.view(-1), send.view(-1), group=_group(axis))
+    gather_scatter.reduce_scatter(out.view(-1), send.view(-1), _group(axis)).wait()
     return _merge_pieces(out, dim)
 
 

@@ -120,9 +120,17 @@ class ParameterUnit(torch.nn.Module):
             bucket.free()
 
     def add_gradient(self, index: int, gradient: torch.Tensor) -> None:
-        """Add the gradient of working tensor ``index`` to what is to be summed over ranks."""
+        """Take the gradient of working tensor ``index``, to be added to what is summed over ranks.
+
+        It is kept as it is until :meth:`pack` or :meth:`reduce`.
+        """
         bucket, slot = self.places[index]
         bucket.add(slot, gradient)
+
+    def pack(self) -> None:
+        """Add the gradients that came to those that wait for their sum."""
+        for bucket in self.buckets:
+            bucket.pack()
 
     def reduce(self) -> list[InFlight]:
         """Start to sum over the data axis; wait for all that is returned."""

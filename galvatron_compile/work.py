@@ -105,7 +105,8 @@ class UnitWork:
     optimizer_bytes: moments. working_bytes: gathered parameters, from gather to free (ZeRO-3).
     pending_bytes: gradients not yet summed over ranks, from the first backward to the end of their
         sum; gradient_bytes: this rank's part of the sum, from there to the end of the step. The
-        sum is made in place if both are equal.
+        sum is made in place if both are equal. exchange_bytes: what a sum needs beside them, from
+        its start until it has been waited for (galvatron_compile.gather_scatter).
     """
 
     gather_ms: float = 0.0
@@ -117,6 +118,7 @@ class UnitWork:
     working_bytes: int = 0
     pending_bytes: int = 0
     gradient_bytes: int = 0
+    exchange_bytes: int = 0
 
     def __post_init__(self) -> None:
         _check(self)

@@ -3,7 +3,7 @@ gradients are summed, when activations travel.
 
 The order depends on the outline alone, never on time, so all ranks of a group start the same
 collectives in the same order. At most ``MAX_IN_FLIGHT`` gathers that are not yet needed, and as
-many sums of gradients, are under way.
+many sums of gradients (one under ZeRO-2 and 3), are under way.
 """
 
 from __future__ import annotations
@@ -122,10 +122,12 @@ def _with_parameters(outline: Outline, computed: list[Action]) -> Iterator[Actio
         yield from held.gather(units)
         after = following[place]
         ahead = needs[after] if after < len(computed) else ()
-        yield from held.gather(unit for unit in ahead if outline.units[unit].zero == 3)
         while refresh and held.num_gathering < MAX_IN_FLIGHT:
             yield from held.gather([refresh.popleft()])
+        # Waited for first: what was gathered is copied to its place, and the room for the next
+        # gather need not be there meanwhile.
         yield from held.wait(units)
+        yield from held.gather(unit for unit in ahead if outline.units[unit].zero == 3)
         yield action
         yield from held.free(unit for unit in units if unit not in ahead and _freed(outline, unit))
     yield from held.free(unit for unit, found in enumerate(outline.units) if found.zero == 3)
@@ -186,13 +188,18 @@ def _persistent(outline: Outline, unit: int) -> bool:
 
 def _with_gradients(outline: Outline, listed: list[Action]) -> Iterator[Action]:
     """Sums start when the last gradient of a unit has come: of a micro-batch under ZeRO-2 and
-    ZeRO-3, of the step otherwise."""
+    ZeRO-3, of the step otherwise. Parameters are freed first: packing gradients takes room."""
     due = _due(outline, listed)
+    ready: deque[int] = deque()
     under_way: deque[int] = deque()
     for place, action in enumerate(listed):
         yield action
-        for unit in due[place]:
-            while len(under_way) >= MAX_IN_FLIGHT or unit in under_way:
+        ready.extend(due[place])
+        if place + 1 < len(listed) and listed[place + 1].kind == "free":
+            continue
+        while ready:
+            unit = ready.popleft()
+            while len(under_way) >= _most_sums(outline, unit) or unit in under_way:
                 yield Action("wait_reduce", under_way.popleft())
             yield Action("reduce", unit)
             under_way.append(unit)
@@ -205,6 +212,11 @@ def _with_gradients(outline: Outline, listed: list[Action]) -> Iterator[Action]:
     tied = [unit for unit, found in enumerate(outline.units) if found.tied]
     for unit in sorted(tied, key=lambda unit: outline.units[unit].name):
         yield Action("reduce_tied", unit)
+
+
+def _most_sums(outline: Outline, unit: int) -> int:
+    """Under ZeRO-2 and 3, which are there for their memory, a sum ends before the next begins."""
+    return 1 if outline.units[unit].zero >= 2 else MAX_IN_FLIGHT
 
 
 def _due(outline: Outline, listed: list[Action]) -> dict[int, list[int]]:

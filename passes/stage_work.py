@@ -134,6 +134,8 @@ class _Group:
             self.cluster.group_ms("all_reduce", size.partial, strategy.tp) for size, _ in parts
         )
         held = [_held(size, ranks, strategy) for size, ranks in parts]
+        pending = sum(unit.pending_bytes for unit in held)
+        exchanged = strategy.zero and strategy.data_ranks > 1 and self.cluster.device.kind == "cpu"
         work = UnitWork(
             gather_ms=times["forward_gather_ms"] + times["step_gather_ms"],
             reduce_ms=times["micro_reduce_ms"] + max(0.0, times["step_reduce_ms"] - tensor_ms),
@@ -142,8 +144,9 @@ class _Group:
             parameter_bytes=sum(unit.parameter_bytes for unit in held),
             optimizer_bytes=sum(unit.optimizer_bytes for unit in held),
             working_bytes=sum(unit.working_bytes for unit in held),
-            pending_bytes=sum(unit.pending_bytes for unit in held),
+            pending_bytes=pending,
             gradient_bytes=sum(unit.gradient_bytes for unit in held),
+            exchange_bytes=pending if exchanged else 0,
         )
         outline = UnitOutline(
             name=member.name,

@@ -100,3 +100,22 @@ def test_only_memory_of_this_device_counts() -> None:
         assert meter.take_peak_bytes() == 0
     assert fake.device.type == "cpu"
     assert on_meta.device.type == "meta"
+
+
+def test_memory_that_is_given_back_in_place_is_not_held_on() -> None:
+    """As gathered parameters are: nothing touches the storage when it is freed."""
+    buffer, other = kib(4), kib(1)
+    buffer.untyped_storage().resize_(0)
+    meter = MemoryMeter()
+    meter.register([buffer, other])
+    with meter:
+        buffer.untyped_storage().resize_(4 * KIB)
+        buffer.add_(1)
+        assert meter.take_peak_bytes() == 5 * KIB
+        buffer.untyped_storage().resize_(0)
+        more = other + 1
+        assert meter.held_bytes() == 2 * KIB
+        buffer.untyped_storage().resize_(4 * KIB)
+        again = more + 1
+        assert meter.take_peak_bytes() == 7 * KIB
+        assert again.numel() == more.numel()

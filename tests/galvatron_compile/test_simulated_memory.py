@@ -30,18 +30,18 @@ def test_memory_of_zero3_by_hand() -> None:
     base = 50 + 250 + 500 + 1000 + 2000
     steps = {time: size - base for time, size in memory.steps}
     # Forward: b's parameters come one layer ahead, a's go. Backward of b from 2 to 4: both are
-    # there. From 4 to 5 the sum of b's gradients runs, with room for its result.
+    # there. From 4 on the sum of b's gradients runs, with room for its result; it is over at 5 and
+    # waited for at 6, before that of a's gradients starts.
     assert steps == {
         0.0: 1000 + 4000 + 100 + 7,
         1.0: 4000 + 300 + 9,
         2.0: 1000 + 4000 + 300 + 9,
         4.0: 1000 + 100 + 7 + 8000 + 2000,
-        5.0: 1000 + 100 + 7 + 2000,
         6.0: 2000 + 2000 + 500,
         7.0: 2000 + 500,
     }
-    # At 4, before b's parameters are freed behind the start of the sum:
-    assert (memory.peak_bytes - base, memory.peak_at_ms) == (5000 + 100 + 8000 + 2000, 4.0)
+    # At 4, when b's parameters are free and its gradients are there twice, as made and packed:
+    assert (memory.peak_bytes - base, memory.peak_at_ms) == (1000 + 100 + 2 * 8000, 4.0)
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2])
@@ -60,7 +60,8 @@ def test_gradients_and_activations_by_hand(zero: int) -> None:
     after = {0: 430, 1: 430, 2: 430 + 100}[zero]  # another forward, or beside a sum as well
     assert steps[3.0] == after + 5
     assert memory.steps[-1].num_bytes == kept
-    peak = {0: 435, 1: 400 + 100, 2: 400 + 100 + 100}[zero]  # when the last sum starts
+    # When the last sum starts; under ZeRO-2 its gradients are packed then, beside the first's sum.
+    peak = {0: 435, 1: 400 + 100, 2: 100 + 400 + 400}[zero]
     assert memory.peak_bytes == peak
     assert sum(memory.parts.values()) == peak
 
