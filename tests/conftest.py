@@ -27,12 +27,22 @@ def _load_ranks() -> ModuleType:
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Callable[[int], Any]]:
     """``ranks(4).run(function, *args)``: run on 4 gloo ranks that are kept for the session."""
+    yield from _pools({})
+
+
+@pytest.fixture(scope="session")
+def interpreted() -> Iterator[Callable[[int], Any]]:
+    """As ``ranks``; Triton kernels run there, on CPU tensors, under Triton's interpreter."""
+    yield from _pools({"TRITON_INTERPRET": "1"})
+
+
+def _pools(environment: dict[str, str]) -> Iterator[Callable[[int], Any]]:
     module = _load_ranks()
     pools: dict[int, Any] = {}
 
     def pool(world_size: int) -> Any:
         if world_size not in pools:
-            pools[world_size] = module.RankPool(world_size)
+            pools[world_size] = module.RankPool(world_size, environment=environment)
         return pools[world_size]
 
     yield pool

@@ -43,8 +43,11 @@ class RankPool:
     end with it. After a death or a hang all ranks are ended and the next case starts new ones.
     """
 
-    def __init__(self, world_size: int, timeout_s: float = 120.0) -> None:
+    def __init__(
+        self, world_size: int, timeout_s: float = 120.0, environment: dict[str, str] | None = None
+    ) -> None:
         self.world_size = world_size
+        self.environment = environment or {}
         self.timeout_s = timeout_s
         self._case = 0
         self._store: dist.TCPStore | None = None
@@ -155,6 +158,7 @@ class RankPool:
         self.close()
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         environment = dict(os.environ, OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
+        environment |= self.environment
         if sys.platform == "linux":
             environment["GLOO_SOCKET_IFNAME"] = "lo"
         for rank in range(self.world_size):
