@@ -205,6 +205,9 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
+_METHOD = "method2"  # times that were taken in another way than now are not comparable
+
+
 def _machine(job: Job) -> str:
     """Everything about the machine and the software that a time depends on."""
     device = (
@@ -212,7 +215,8 @@ def _machine(job: Job) -> str:
         if job.device.type == "cuda"
         else f"{os.uname().machine}-{os.cpu_count()}cpu-{torch.get_num_threads()}threads"
     )
-    return f"{device} torch{torch.__version__} ranks{job.world_size}".replace("/", "-")
+    where = f"{device} torch{torch.__version__} ranks{job.world_size} {_METHOD}"
+    return where.replace("/", "-")
 
 
 def _read_cache(cache_dir: Path | None, place: str) -> dict[str, list[float]]:

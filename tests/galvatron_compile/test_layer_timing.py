@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -129,6 +130,31 @@ def test_where_one_rank_lacks_memory_every_rank_goes_without(ranks: Any) -> None
 
 
 # --- the cache ----------------------------------------------------------------------------------
+
+
+def one_rank_prepares_longer() -> tuple[float, float]:
+    """When this rank was ready, and when it was first timed, on the clock of the machine."""
+    when: dict[str, float] = {}
+
+    def prepare(size: int) -> Callable[[], Any]:
+        time.sleep(0.3 * dist.get_rank())
+        when["ready"] = time.monotonic()
+
+        def forward() -> Callable[[], Any]:
+            when.setdefault("timed", time.monotonic())
+            return lambda: None
+
+        return forward
+
+    job = Job(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+    measure_layers([Experiment(FORM, "", (4,), 4, prepare)], job, None)
+    return when["ready"], when["timed"]
+
+
+def test_no_rank_is_timed_while_others_prepare(ranks: Any) -> None:
+    """It would have more of a shared machine than in training."""
+    found = ranks(2).run(one_rank_prepares_longer)
+    assert min(timed for _, timed in found) >= max(ready for ready, _ in found)
 
 
 def doubling(size: int) -> Callable[[], Any]:
