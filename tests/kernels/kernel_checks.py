@@ -45,8 +45,11 @@ def close(actual: Tensor, expected: Tensor, *, terms: int = 1, what: str = "") -
 
 
 @contextmanager
-def watched(module: ModuleType, *kernels: str) -> Iterator[dict[str, int]]:
-    """Counts the launches of a module's kernels by name; new float memory is full of NaN inside."""
+def watched(module: ModuleType, *kernels: str, **changes: Any) -> Iterator[dict[str, int]]:
+    """Counts launches of a module's kernels by name; inside, new float memory is full of NaN.
+
+    changes: other names of the module and what they are inside.
+    """
     counts = dict.fromkeys(kernels, 0)
 
     class Counting:
@@ -58,7 +61,7 @@ def watched(module: ModuleType, *kernels: str) -> Iterator[dict[str, int]]:
             return self.kernel[grid]
 
     with (
-        mock.patch.multiple(module, **{name: Counting(name) for name in kernels}),
+        mock.patch.multiple(module, **{name: Counting(name) for name in kernels}, **changes),
         mock.patch.object(Tensor, "new_empty", _poisoned(Tensor.new_empty)),
         mock.patch.object(torch, "empty_like", _poisoned(torch.empty_like)),
         mock.patch.object(torch, "empty", _poisoned(torch.empty)),
