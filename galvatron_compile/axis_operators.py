@@ -18,6 +18,13 @@ _LIBRARY.define(
     "all_to_all(Tensor x, int dim_from, int outer_from, int dim_to, int outer_to, int n, str axis)"
     " -> Tensor"
 )
+_LIBRARY.define(
+    "gather_linear(Tensor x, Tensor weight, int dim, int outer, int n, str axis)"
+    " -> (Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "linear_reduce_scatter(Tensor x, Tensor weight, int dim, int outer, int n, str axis) -> Tensor"
+)
 
 
 def _all_reduce(x: Tensor, op: str, n: int, axis: str) -> Tensor:
@@ -40,6 +47,19 @@ def _all_to_all(
     return x.new_empty(_scaled(x, {dim_from: (n, 1), dim_to: (1, n)}))
 
 
+def _gather_linear(
+    x: Tensor, weight: Tensor, dim: int, outer: int, n: int, axis: str
+) -> tuple[Tensor, Tensor]:
+    gathered = _scaled(x, {dim: (n, 1)})
+    return x.new_empty([*gathered[:-1], weight.shape[0]]), x.new_empty(gathered)
+
+
+def _linear_reduce_scatter(
+    x: Tensor, weight: Tensor, dim: int, outer: int, n: int, axis: str
+) -> Tensor:
+    return x.new_empty([*_scaled(x, {dim: (1, n)})[:-1], weight.shape[0]])
+
+
 def _scaled(x: Tensor, factors: dict[int, tuple[int, int]]) -> list[int]:
     shape = list(x.shape)
     for dim, (times, over) in factors.items():
@@ -52,5 +72,7 @@ for _name, _kernel in {
     "all_gather": _all_gather,
     "reduce_scatter": _reduce_scatter,
     "all_to_all": _all_to_all,
+    "gather_linear": _gather_linear,
+    "linear_reduce_scatter": _linear_reduce_scatter,
 }.items():
     _LIBRARY.impl(_name, _kernel, "Meta")

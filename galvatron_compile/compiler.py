@@ -24,6 +24,8 @@ from galvatron_compile.on_meta import buffers_on_meta, with_buffers
 from galvatron_compile.parallel_model import ParallelModel
 from galvatron_compile.passes.batch import batch
 from galvatron_compile.passes.capture_once import capture_once
+from galvatron_compile.passes.fuse import Wish
+from galvatron_compile.passes.fuse import fuse as fused
 from galvatron_compile.passes.layers import find_layers
 from galvatron_compile.passes.lower import lower
 from galvatron_compile.passes.rewrite import make_mesh, rewrite
@@ -49,6 +51,7 @@ def compile(
     loss_fn: Callable[[Any, Any], torch.Tensor] | None = None,
     precision: str | None = None,
     measure: bool = True,
+    fuse: Wish = "auto",
     seed: int = 0,
     progress: Progress | None = None,
 ) -> ParallelModel:
@@ -71,6 +74,8 @@ def compile(
         loss_fn: ``loss_fn(outputs, batch) -> scalar``, if the model does not return its loss.
         precision: None (the model's dtypes), ``"fp32"`` or ``"bf16"`` (with fp32 masters).
         measure: time the layers on this device (cached on disk) rather than estimate them.
+        fuse: "auto" puts in fused kernels and products that hide communication where the cost model
+            says that it pays (on GPUs), "always" also where no kernel runs, "never" nowhere.
         seed: of dropout and other random operators.
         progress: called with (what, done, total) while layers are timed.
 
@@ -80,13 +85,13 @@ def compile(
     """
     wanted = Wanted(
         model, cluster_profile, plan, loss_fn,
-        global_batch_size, memory_bytes, precision, measure, seed,
+        global_batch_size, memory_bytes, precision, measure, fuse, seed,
     )  # fmt: skip
     job = wanted.job()
     job.together(wanted.check, same=lambda _: str(wanted))
     setting = Setting(
         job, cluster_profile, Precision.parse(precision), memory_bytes, measure,
-        job.cores() if measure else (),
+        job.cores() if measure else (), fuse,
     )  # fmt: skip
     layered = job.together(
         lambda: understand(model, example_inputs, loss_fn, setting.precision), same=summary
@@ -99,13 +104,16 @@ def compile(
     else:
         decision = obey(layered, batch_size, setting, plan, progress)
     mesh = make_mesh(layered, decision.plan, job.world_size, job.rank)
-    lowered = job.together(lambda: lower(build(layered, decision, mesh, setting)))
+    program = job.together(lambda: build(layered, decision, mesh, setting))
+    program, fusions = job.together(lambda: fused(program, cluster_profile, fuse))
+    lowered = job.together(lambda: lower(program))
     return ParallelModel(
         lowered,
         setting.precision,
         seed=seed,
         search=decision.report,
         contents=contents,
+        fusions=fusions,
     )
 
 

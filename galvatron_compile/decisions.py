@@ -26,6 +26,7 @@ from galvatron_compile.layer_timing import (
 )
 from galvatron_compile.passes.annotate import Workload, annotate, micro_batch_counts
 from galvatron_compile.passes.experiments import experiments
+from galvatron_compile.passes.fuse import Wish
 from galvatron_compile.passes.layer_estimate import Estimator
 from galvatron_compile.passes.partition import price, search
 from galvatron_compile.passes.sharding.table import ShardingTable, shard
@@ -53,6 +54,7 @@ class Setting:
     memory_limit_bytes: int | None
     measure: bool
     cores: tuple[Cores, ...] = ()  # of every rank, where they share them
+    fuse: Wish = "auto"
 
     @property
     def memory_bytes(self) -> int:
@@ -197,7 +199,9 @@ def time_layers(
     free = job.everyone(lambda: free_bytes(job.device, num_sharing))
     limit_bytes = min(setting.memory_bytes, *free)
     runs = job.together(
-        lambda: experiments(layered, estimator, uses, workload, job.device, limit_bytes),
+        lambda: experiments(
+            layered, estimator, uses, workload, job.device, limit_bytes, setting.fuse
+        ),
         same=lambda runs: str([(run.form, run.sizes, run.first) for run in runs]),
     )
     named = (lambda done, total: progress("timing layers", done, total)) if progress else None

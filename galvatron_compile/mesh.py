@@ -27,6 +27,7 @@ class Axis:
     ``group`` is None for an axis of one rank, and for a *dry* axis (``dry=True``), on which
     collectives move nothing but return values of the right shape: for shape propagation and for
     timing the computation alone. On a *traced* axis they are operators that a graph can record.
+    ``peers`` names the symmetric memory among the ranks (galvatron_compile.kernels.peers), if any.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Axis:
     group: ProcessGroup | None = field(default=None, compare=False, repr=False)
     dry: bool = False
     traced: bool = False
+    peers: str = ""
 
     @property
     def size(self) -> int:

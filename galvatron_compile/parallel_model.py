@@ -12,6 +12,7 @@ import torch.distributed as dist
 from galvatron_compile.batches import take_share
 from galvatron_compile.errors import NonFiniteLossError
 from galvatron_compile.executor import Executor, Recorder, run_plainly
+from galvatron_compile.fusions import Fusions
 from galvatron_compile.layout import ParameterLayout
 from galvatron_compile.lost_peers import lost_peers
 from galvatron_compile.plans import Plan
@@ -36,6 +37,7 @@ class ParallelModel:
     seed: of all random operators; the same on every rank.
     search: what the searcher found, printable; None if the plan was given.
     contents: names of the model's own state dict, and what its forward does not use of it.
+    fusions: what the fuse pass replaced and what it declined, printable.
     """
 
     def __init__(
@@ -46,10 +48,11 @@ class ParallelModel:
         seed: int = 0,
         search: SearchReport | None = None,
         contents: Contents | None = None,
+        fusions: Fusions | None = None,
     ) -> None:
         self._lowered, self._program = lowered, lowered.program
         self._precision, self.seed = precision, seed
-        self.search = search
+        self.search, self.fusions = search, fusions or Fusions()
         program, plan, mesh = lowered.program, lowered.program.plan, lowered.program.mesh
         self._world_size, self._rank = mesh.world_size, mesh.rank
         self._position, self._group = mesh.position, mesh.group

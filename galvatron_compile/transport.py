@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from galvatron_compile import (
@@ -72,6 +73,38 @@ def reduce_scatter(x: Tensor, dim: int, outer: int, axis: Axis) -> Tensor:
     out = send.new_empty(send.shape[1:])
     gather_scatter.reduce_scatter(out.view(-1), send.view(-1), _group(axis)).wait()
     return _merge_pieces(out, dim)
+
+
+def gather_linear(
+    x: Tensor, weight: Tensor, dim: int, outer: int, axis: Axis
+) -> tuple[Tensor, Tensor]:
+    """(linear of the gathered x, gathered x): (…, d / n, …, k) and (features, k) to
+    (…, d, …, features) and (…, d, …, k). One kernel where the axis has symmetric memory."""
+    if axis.traced:
+        both: tuple[Tensor, Tensor] = OPS.gather_linear(x, weight, dim, outer, axis.size, axis.name)
+        return both
+    if not axis.peers:
+        gathered = all_gather(x, dim, outer, axis)
+        return F.linear(gathered, weight), gathered
+    rows = x.reshape(-1, x.shape[-1])
+    product, gathered = OPS.all_gather_matmul(rows, weight, axis.size, axis.peers)
+    blocks = product.view(axis.size, *x.shape[:-1], weight.shape[0])
+    return _join(blocks, dim, outer), _join(gathered.view(axis.size, *x.shape), dim, outer)
+
+
+def linear_reduce_scatter(
+    x: Tensor, weight: Tensor, dim: int, outer: int, axis: Axis
+) -> Tensor:
+    """Reduce-scatter of linear(x): (…, d, …, k) and (features, k) to (…, d / n, …, features)."""
+    if axis.traced:
+        return OPS.linear_reduce_scatter(x, weight, dim, outer, axis.size, axis.name)
+    if not axis.peers:
+        return reduce_scatter(F.linear(x, weight), dim, outer, axis)
+    send = _split(x, dim, outer, axis.size)
+    shape = send.shape[1:-1]
+    rows = send.reshape(-1, x.shape[-1])
+    summed = OPS.matmul_reduce_scatter(rows, weight, axis.size, axis.peers)
+    return _merge_pieces(summed.view(*shape, weight.shape[0]), dim)
 
 
 def shard(x: Tensor, dim: int, outer: int, axis: Axis) -> Tensor:

@@ -38,6 +38,7 @@ class Wanted:
     memory_bytes: object
     precision: str | None
     measure: bool
+    fuse: object
     seed: object
 
     def __str__(self) -> str:
@@ -109,6 +110,8 @@ class Wanted:
             ) from error
 
     def _check_numbers(self) -> None:
+        if self.fuse not in ("auto", "always", "never"):
+            raise GalvatronError(f"fuse is {_shown(self.fuse)}; pass 'auto', 'always' or 'never'")
         if not isinstance(self.seed, int):
             raise GalvatronError(f"seed is {_shown(self.seed)}; pass a whole number")
         size = self.global_batch_size

@@ -23,6 +23,8 @@ from galvatron_compile.passes.arguments import (
     make_arguments,
     placeholders,
 )
+from galvatron_compile.passes.fuse import Wish, fuse_graph
+from galvatron_compile.passes.fuse_prices import Prices
 from galvatron_compile.passes.layer_estimate import LARGE, Estimator
 from galvatron_compile.passes.lower import bound, cut_in_two
 from galvatron_compile.passes.normalise import retarget_devices
@@ -48,8 +50,10 @@ def experiments(
     workload: Workload,
     device: torch.device,
     memory_bytes: int,
+    wish: Wish = "auto",
 ) -> list[Experiment]:
-    """Every form that the (class index, strategy) pairs use, at local batches that plans may use.
+    """Every form that the (class index, strategy) pairs use, at local batches that plans may use,
+    with the fused operators that training would have (``wish``).
 
     Left out are sizes that need more than ``memory_bytes``: a plan with that limit cannot use them
     either, and where it is this device that is too small, times are extrapolated from smaller
@@ -62,6 +66,9 @@ def experiments(
             estimator.shardings.get(class_index, strategy), Axis.dry_run(f"tp{tp}", tp)
         )
         retarget_devices(graph, device)
+        if wish != "never":
+            prices = Prices(device, estimator.cluster, min(batches), wish == "always")
+            graph, _ = fuse_graph(graph, prices)
         needed = partial(_needed_bytes, estimator, class_index, strategy, graph)
         _, counted = estimator.tallies_of(class_index, strategy)
         first = _first_size(min(batches), _sample_ms(counted, device))

@@ -194,11 +194,13 @@ def _all_reduce_max(x: Tensor, axis: Axis) -> Tensor:
     return transport.all_reduce(x, axis, transport.MAX)
 
 
-_COLLECTIVES: dict[str, Callable[..., Tensor]] = {
+_COLLECTIVES: dict[str, Callable[..., Any]] = {
     "galvatron.all_reduce.default": transport.all_reduce,
     "galvatron.all_gather.default": transport.all_gather,
     "galvatron.reduce_scatter.default": transport.reduce_scatter,
     "galvatron.all_to_all.default": transport.all_to_all,
+    "galvatron.gather_linear.default": transport.gather_linear,
+    "galvatron.linear_reduce_scatter.default": transport.linear_reduce_scatter,
 }
 
 

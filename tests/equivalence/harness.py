@@ -15,6 +15,7 @@ from galvatron_compile.job import Job
 from galvatron_compile.mesh import Mesh
 from galvatron_compile.notation import parse
 from galvatron_compile.parallel_model import ParallelModel
+from galvatron_compile.passes.fuse import Wish, fuse
 from galvatron_compile.passes.lower import Traced, lower
 from galvatron_compile.passes.rewrite import make_mesh
 from galvatron_compile.passes.sharding.table import shard
@@ -35,7 +36,10 @@ class Outcome:
 def compare(
     model_name: str, plans: list[str], train: list[str]
 ) -> dict[str, dict[str, float | str]]:
-    """Run on every rank. Captures and shards once, then builds and checks every plan."""
+    """Run on every rank. Captures and shards once, then builds and checks every plan.
+
+    A plan behind "fused " runs with every fused operator that can be put in.
+    """
     case = make(model_name)
     with Promote():
         expected = reference(case)
@@ -43,9 +47,9 @@ def compare(
     initial = {name: value.detach().clone() for name, value in case.model.named_parameters()}
     job = Job.current(case.model)
     names, model = [layer.name for layer in layered.layers], fingerprint(layered)
+    bare = {text: with_rest(text.removeprefix("fused "), len(names)) for text in plans}
     parsed = {
-        text: parse(with_rest(text, len(names)), names, job.world_size, BATCH, model=model)
-        for text in plans
+        text: parse(plan, names, job.world_size, BATCH, model=model) for text, plan in bare.items()
     }
     # The form of a class depends on its own degree alone, so all plans can share the table.
     shardings = shard(layered, {s for plan in parsed.values() for s in plan.strategies})
@@ -54,7 +58,8 @@ def compare(
         restore(case.model, initial)
         job = Job.current(case.model)
         mesh = make_mesh(layered, plan, job.world_size, job.rank)
-        parallel = assemble(layered, plan, shardings, mesh, job, traced)
+        wish: Wish = "always" if text.startswith("fused ") else "never"
+        parallel = assemble(layered, plan, shardings, mesh, job, traced, wish)
         outcomes[text] = one(parallel, case, expected, 3 if text in train else 1)
     return {text: asdict(outcome) for text, outcome in outcomes.items()}
 
@@ -69,12 +74,14 @@ def with_rest(text: str, num_layers: int) -> str:
 
 
 def assemble(
-    layered: Any, plan: Any, shardings: Any, mesh: Mesh, job: Job, traced: Traced
+    layered: Any, plan: Any, shardings: Any, mesh: Mesh, job: Job, traced: Traced, wish: Wish
 ) -> ParallelModel:
     from galvatron_compile.compiler import Decision
 
     setting = Setting(job, None, Precision(), None, False)  # type: ignore[arg-type]
     program = build(layered, Decision(plan, shardings, None), mesh, setting)
+    program, fusions = fuse(program, None, wish)
+    assert wish == "never" or fusions.num_taken, fusions
     lowered = lower(program, traced=traced)
     assert not lowered.remarks, lowered.remarks  # every layer is traced
     return ParallelModel(lowered, Precision())

@@ -66,7 +66,15 @@ TRAINED = {
     "dp2.zero3; micro=2", "tp2.sp.recompute; micro=2", "dp2.zero1; micro=2", "tp2.dp2.zero3",
     "all: tp2.dp2.zero2; 1: dp4.zero3.recompute; 2: tp4; micro=2", "tp4",
     "tp2.dp4.zero1; micro=2", "tp2.sp.dp4.zero1.recompute; micro=2",
+    "fused dp2.zero3; micro=2", "fused tp2.sp.dp2.zero3",
 }
+# With every fused operator that can be put in (where no kernel runs they compute in PyTorch).
+FUSED = {
+    2: ["fused dp2.zero3; micro=2", "fused tp2", "fused tp2.sp.recompute; micro=2",
+        "fused dp1; stages=2,*; micro=4; schedule=zero-bubble"],
+    4: ["fused tp2.sp.dp2.zero3", "fused tp4", "fused tp2.sp; stages=2,*; micro=2"],
+    8: ["fused tp4.sp.dp2.zero3"],
+}  # fmt: skip
 # T5's encoder (layers 1 and 2) and its decoder (the larger family of blocks) run differently.
 ENCODER_DECODER = {
     2: ["all: dp2; 1-2: tp2.sp; micro=2"],
@@ -81,6 +89,7 @@ ENCODER_DECODER = {
 IMPOSSIBLE = {
     ("t5", "all: dp4.zero1; 1-2: tp2.sp.dp2; 3: tp4.recompute"),
     ("vit", "tp4.sp"),
+    ("vit", "fused tp4.sp.dp2.zero3"),
     ("vit", "tp4.sp.dp2; micro=4"),
     ("vit", "all: tp2.dp4.zero3; 1: dp8; 2: tp4.sp.dp2.recompute"),
 }
@@ -114,7 +123,7 @@ def outcomes(ranks: Callable[[int], Any]) -> Callable[[str, int], dict[str, Any]
 
 
 def plans_of(model: str, world_size: int) -> list[str]:
-    plans = {2: TWO, 4: FOUR, 8: EIGHT}[world_size] + PIPELINES[world_size]
+    plans = {2: TWO, 4: FOUR, 8: EIGHT}[world_size] + PIPELINES[world_size] + FUSED[world_size]
     special = ENCODER_DECODER[world_size] if model == "t5" else []
     return [*(plan for plan in plans if (model, plan) not in IMPOSSIBLE), *special]
 

@@ -1,0 +1,243 @@
+"""What the fuse pass finds in the graphs of real models, what it declines and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from galvatron_compile import fused
+from galvatron_compile.cluster import ClusterProfile
+from galvatron_compile.compiler import Decision, Setting, build, understand
+from galvatron_compile.errors import GalvatronError
+from galvatron_compile.fusions import Fusion, Fusions
+from galvatron_compile.graph import LayeredGraph
+from galvatron_compile.job import Job
+from galvatron_compile.mesh import Axis
+from galvatron_compile.notation import parse
+from galvatron_compile.passes.fuse import fuse
+from galvatron_compile.passes.rewrite import make_mesh
+from galvatron_compile.passes.sharding.table import shard
+from galvatron_compile.precision import Precision
+from galvatron_compile.printer import fingerprint, format_graph
+from galvatron_compile.program import StageProgram
+
+BATCH = 4
+
+
+@cache
+def llama(dtype: torch.dtype = torch.float32, width: int = 32, length: int = 12) -> LayeredGraph:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, use_cache=False,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(dtype)
+    ids = torch.zeros(BATCH, length, dtype=torch.int64)
+    return understand(model, {"input_ids": ids, "labels": ids}, None, Precision())
+
+
+def program(layered: LayeredGraph, text: str, device: str = "cpu") -> StageProgram:
+    """Of rank 0 of 2, without a process group."""
+    names = [layer.name for layer in layered.layers]
+    plan = parse(text, names, 2, BATCH, model=fingerprint(layered))
+    shardings = shard(layered, set(plan.strategies))
+    mesh = make_mesh(layered, plan, 2, 0, dry=True)
+    setting = Setting(Job(0, 2, torch.device("cpu")), None, Precision(), None, False)  # type: ignore[arg-type]
+    made = build(layered, Decision(plan, shardings, None), mesh, setting)
+    return replace(made, device=torch.device(device))
+
+
+def taken(fusions: Fusions) -> Counter[str]:
+    """How often each was replaced, counting every layer."""
+    count: Counter[str] = Counter()
+    for layers, found in fusions.by_graph:
+        for fusion in found:
+            count[fusion.name] += len(layers) * fusion.taken
+    return count
+
+
+def test_a_llama_with_sequence_parallelism_is_fused_throughout() -> None:
+    before = program(llama(), "tp2.sp")
+    after, fusions = fuse(before, None, "always")
+    assert taken(fusions) == {
+        "rms_norm": 3, "add_rms_norm": 2, "rotary": 4, "swiglu": 2,
+        "all_gather → linear": 5, "linear → reduce_scatter": 4,
+        "vocabulary-parallel cross_entropy": 1,
+    }  # fmt: skip
+    block = after.stages[0].module.get_submodule("layers.1")
+    assert isinstance(block, torch.fx.GraphModule)
+    called = Counter(str(getattr(n.target, "__name__", "")) for n in block.graph.nodes)
+    assert (called["gather_linear"], called["linear_reduce_scatter"]) == (2, 2)
+    left = format_graph(block)
+    assert not any(f" = {word}(" in left for word in ("rsqrt", "silu", "neg", "all_gather", "linear"))
+    assert " = rsqrt(" in format_graph(before.stages[0].module.get_submodule("layers.1"))  # untouched
+    assert "gather_linear" in str(after)  # the printed program has them too
+
+
+def test_the_report_reads() -> None:
+    text = str(fuse(program(llama(), "tp2.sp"), None, "always")[1])
+    assert "// model.layers.0 and 1 more" in text
+    assert "all_gather → linear" in text and "replaced" in text
+    declined = Fusion("swiglu", ("silu", "mul"), "no kernel runs on the CPU")
+    words = " ".join(str(declined).split())
+    assert words == "swiglu silu … mul declined: no kernel runs on the CPU"
+
+
+def test_never_and_auto_on_the_cpu_change_nothing() -> None:
+    made = program(llama(), "tp2.sp")
+    assert fuse(made, None, "never") == (made, Fusions())
+    same, fusions = fuse(made, ClusterProfile.preset("8xH100"))
+    assert fusions.num_taken == 0
+    assert {fusion.why_not for fusion in fusions} == {"no kernel runs on the CPU"}
+    one, other = (p.stages[0].module.get_submodule("layers.1") for p in (made, same))
+    assert one.code == other.code
+
+
+def test_an_unknown_wish_is_refused() -> None:
+    with pytest.raises(GalvatronError, match=r"fuse is 'yes'; pass 'auto', 'always' or 'never'"):
+        fuse(program(llama(), "tp2"), None, "yes")  # type: ignore[arg-type]
+
+
+# Prices. On the device "cuda" of another machine, by its profile.
+
+
+def judged(text: str, layered: LayeredGraph, cluster: str) -> dict[str, Fusion]:
+    _, fusions = fuse(program(layered, text, "cuda"), ClusterProfile.preset(cluster))
+    return {fusion.name: fusion for fusion in fusions}
+
+
+def test_on_a_gpu_what_pays_is_replaced() -> None:
+    found = judged("tp2.sp", llama(torch.bfloat16, 4096, 4096), "8xH100")
+    for name in ("rms_norm", "swiglu", "rotary", "all_gather → linear", "linear → reduce_scatter"):
+        assert found[name].taken, found[name]
+        assert found[name].saves_ms is not None and found[name].saves_ms > 0
+
+
+def test_small_products_are_not_worth_the_overlap() -> None:
+    found = judged("tp2.sp", llama(torch.bfloat16), "8xH100")
+    gathered = found["all_gather → linear"]
+    assert gathered.why_not.startswith("too small: "), gathered
+    assert found["rms_norm"].taken  # one launch instead of seven
+
+
+def test_symmetric_memory_ends_at_the_node() -> None:
+    found = judged("tp2.sp", llama(torch.bfloat16, 4096, 4096), "2x1xH100")
+    assert "spans nodes" in found["all_gather → linear"].why_not
+    assert found["swiglu"].taken
+
+
+def test_float64_has_no_kernel() -> None:
+    found = judged("tp2.sp", llama(torch.float64), "8xH100")
+    assert found["swiglu"].why_not == "no kernel for float64"
+
+
+# What may not be replaced.
+
+
+class Odd(nn.Module):
+    """Norms that share what is inside of them, a gate read twice, and one plain RMS norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(OddBlock() for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x.square().mean()
+
+
+class OddBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8))
+        self.up = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scaled = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+        gate = F.silu(self.up(self.weight * scaled))
+        return x + gate * self.up(x) + gate + scaled
+
+
+def test_what_is_read_elsewhere_stays() -> None:
+    layered = understand(Odd(), {"x": torch.randn(BATCH, 3, 8)}, None, Precision())
+    _, fusions = fuse(program(layered, "dp2"), None, "always")
+    verdicts = {fusion.name: fusion.why_not for fusion in fusions}
+    assert verdicts["rms_norm"].endswith("is read elsewhere too")
+    assert verdicts["swiglu"].endswith("is read elsewhere too")
+
+
+def variant(eps: Any = 1e-6, dim: int = -1, power: int = 2, keepdim: bool = True) -> nn.Module:
+    class Variant(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(VariantBlock() for _ in range(2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for block in self.blocks:
+                x = x + block(x)
+            return x.square().mean()
+
+    class VariantBlock(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(8))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            mean = x.pow(power).mean(dim, keepdim=keepdim)
+            mean = mean if keepdim else mean.unsqueeze(dim)
+            return self.weight * (x * torch.rsqrt(mean + eps))
+
+    return Variant()
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [({}, True), ({"dim": 1}, False), ({"power": 4}, False), ({"eps": 1}, False)],
+)
+def test_only_the_norm_itself_is_taken_for_one(change: dict[str, Any], found: bool) -> None:
+    inputs = {"x": torch.randn(BATCH, 8, 8).abs() + 1}
+    layered = understand(variant(**change), inputs, None, Precision())
+    _, fusions = fuse(program(layered, "dp2"), None, "always")
+    assert any("rms_norm" in fusion.name for fusion in fusions) is found
+
+
+# The operators on one rank.
+
+
+def test_cross_entropy_equals_that_of_torch() -> None:
+    logits = torch.randn(7, 11, dtype=torch.float64, requires_grad=True)
+    target = torch.tensor([0, 10, -100, 3, 3, -100, 5])
+    expected = F.cross_entropy(logits, target, reduction="sum")
+    wanted = torch.autograd.grad(3 * expected, logits)[0]
+    loss = fused.cross_entropy(logits, target, -100, None)
+    torch.testing.assert_close(loss, expected, rtol=1e-13, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(3 * loss, logits)[0], wanted)
+
+
+def test_cross_entropy_of_16_bit_logits_is_summed_in_float32() -> None:
+    logits = torch.randn(5, 9).bfloat16().requires_grad_()
+    target = torch.randint(0, 9, (5,))
+    loss = fused.cross_entropy(logits, target, -100, None)
+    assert loss.dtype == torch.float32
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert gradient.dtype == torch.bfloat16
+    expected = F.cross_entropy(logits.float(), target, reduction="sum")
+    torch.testing.assert_close(loss, expected)
+
+
+def test_shapes_on_a_dry_axis() -> None:
+    axis = Axis.dry_run("tp2", 2)
+    x, weight = torch.randn(3, 4, 6), torch.randn(5, 6)
+    gathered = fused.gather_linear(x, [weight, weight[:2]], [None, torch.ones(2)], 1, 1, axis)
+    assert [tuple(y.shape) for y in gathered] == [(3, 8, 5), (3, 8, 2)]
+    assert fused.linear_reduce_scatter(x, weight, None, 1, 1, axis).shape == (3, 2, 5)
