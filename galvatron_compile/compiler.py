@@ -33,6 +33,7 @@ from galvatron_compile.plans import Plan
 from galvatron_compile.precision import Precision, computing_in
 from galvatron_compile.printer import fingerprint
 from galvatron_compile.program import StageProgram
+from galvatron_compile.symmetric import with_peers
 from galvatron_compile.wanted import Wanted
 
 __all__ = ["Decision", "Setting", "build", "compile", "understand"]
@@ -106,6 +107,7 @@ def compile(
     mesh = make_mesh(layered, decision.plan, job.world_size, job.rank)
     program = job.together(lambda: build(layered, decision, mesh, setting))
     program, fusions = job.together(lambda: fused(program, cluster_profile, fuse))
+    program = with_peers(program)
     lowered = job.together(lambda: lower(program))
     return ParallelModel(
         lowered,
