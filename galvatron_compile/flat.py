@@ -23,6 +23,8 @@ import torch
 import torch.distributed as dist
 
 from galvatron_compile.gather_scatter import Waitable, all_gather, reduce_scatter
+from galvatron_compile.kernels import buckets
+from galvatron_compile.kernels.base import runs_kernels
 from galvatron_compile.layout import ParameterLayout
 from galvatron_compile.mesh import Axis
 from galvatron_compile.precision import Precision
@@ -169,8 +171,15 @@ class FlatBucket:
             self.gathering = None
 
     def _copy_out(self, gathered: torch.Tensor) -> None:
-        for slot in self.slots:
-            region = self.buffer[slot.region : slot.region + self.parts * slot.chunk]
+        sizes = [self.parts * slot.chunk for slot in self.slots]
+        regions = [
+            self.buffer[slot.region : slot.region + size]
+            for slot, size in zip(self.slots, sizes, strict=True)
+        ]
+        if runs_kernels(gathered):
+            buckets.unpack(gathered, regions, *_places(self.slots))
+            return
+        for slot, region in zip(self.slots, regions, strict=True):
             part = gathered[:, slot.offset : slot.offset + slot.chunk]
             region.view(self.parts, slot.chunk).copy_(part)
 
@@ -182,14 +191,31 @@ class FlatBucket:
         self.touched.add(slot.index)
 
     def pack(self) -> None:
-        """Add what arrived to ``pending``, letting go of one gradient after the other."""
+        """Add what arrived to ``pending``, letting go of one gradient after the other, or all in
+        one kernel where there are kernels."""
+        if self.arrived and self.pending is None:
+            shape = (self.parts, self.shard_numel)
+            self.pending = torch.zeros(shape, dtype=self.reduce_dtype, device=self.master.device)
+            if self._is_one_launch():
+                self._pack_at_once(self.pending)
         while self.arrived:
             self._pack(*self.arrived.popleft())
 
+    def _is_one_launch(self) -> bool:
+        """Whether a kernel can pack what arrived: each slot once, nothing sparse."""
+        slots = {slot.index for slot, _ in self.arrived}
+        gradients = [gradient for _, gradient in self.arrived]
+        dense = all(gradient.layout is torch.strided for gradient in gradients)
+        return len(slots) == len(gradients) and dense and runs_kernels(self.master, *gradients)
+
+    def _pack_at_once(self, pending: torch.Tensor) -> None:
+        slots, gradients = zip(*self.arrived, strict=True)
+        buckets.pack(gradients, pending, *_places(slots))
+        self.filled |= {slot.index for slot in slots}
+        self.arrived.clear()
+
     def _pack(self, slot: Slot, gradient: torch.Tensor) -> None:
-        if self.pending is None:
-            shape = (self.parts, self.shard_numel)
-            self.pending = torch.zeros(shape, dtype=self.reduce_dtype, device=self.master.device)
+        assert self.pending is not None
         flat = (gradient.to_dense() if gradient.is_sparse else gradient).reshape(-1)
         target = self.pending[:, slot.offset : slot.offset + slot.chunk]
         whole = slot.numel // slot.chunk if slot.chunk else 0
@@ -268,6 +294,11 @@ def _place(
         end, region_end = offset + chunk, region + parts * chunk
         offset, region = _align(end), _align(region_end)
     return slots, end, region_end
+
+
+def _places(slots: Sequence[Slot]) -> tuple[list[int], list[int]]:
+    """Offsets and chunks in a shard."""
+    return [slot.offset for slot in slots], [slot.chunk for slot in slots]
 
 
 def _align(count: int) -> int:

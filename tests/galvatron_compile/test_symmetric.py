@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import galvatron_compile as gc
-from galvatron_compile.kernels import base, peers
+from galvatron_compile.kernels import base, buckets, peers
 
 
 def model() -> torch.nn.Module:
@@ -39,7 +39,18 @@ def trained(plan: str) -> tuple[float, dict[str, torch.Tensor], dict[str, int], 
             launched["peers"] = launched.get("peers", 0) + 1
             return began(self)
 
+        def counted(name: str) -> Any:
+            called = getattr(buckets, name)
+
+            def call(*args: Any) -> None:
+                launched[name] = launched.get(name, 0) + 1
+                called(*args)
+
+            return call
+
         patch.setattr(peers.Peers, "begin", begin)
+        for name in ("pack", "unpack"):
+            patch.setattr(buckets, name, counted(name))
         cluster = gc.ClusterProfile.preset("2xA100-80GB")
         parallel = gc.compile(
             model(), cluster, example_inputs=batch(), plan=plan, fuse="always", measure=False
@@ -49,7 +60,7 @@ def trained(plan: str) -> tuple[float, dict[str, torch.Tensor], dict[str, int], 
         return loss, parallel.full_gradients(), launched, axes
 
 
-@pytest.mark.parametrize("plan", ["tp2.sp", "tp2.sp.recompute; micro=2"])
+@pytest.mark.parametrize("plan", ["tp2.sp", "tp2.sp.recompute; micro=2", "dp2.zero3"])
 def test_a_step_of_kernels_equals_one_process(interpreted: Any, plan: str) -> None:
     alone = model()
     expected = alone(**batch()).loss
@@ -57,9 +68,12 @@ def test_a_step_of_kernels_equals_one_process(interpreted: Any, plan: str) -> No
     found = interpreted(2).run(trained, plan, timeout_s=240.0)
     for loss, _, launched, axes in found:
         assert loss == pytest.approx(float(expected), rel=1e-5)
-        assert axes == ["tp2 of ranks 0, 1"]
+        assert axes == (["tp2 of ranks 0, 1"] if "tp2" in plan else [])
         # Forward and backward of two gathers and two scatters in each of two layers, and the head.
-        assert launched["peers"] >= 2 * 2 * 4
+        assert launched.get("peers", 0) >= (2 * 2 * 4 if axes else 0)
+        # Both blocks are gathered twice; units of one parameter need no copy. All five are packed.
+        assert launched.get("unpack", 0) == (4 if "zero3" in plan else 0)
+        assert launched["pack"] == 5
     gradients = found[0][1]
     for name, parameter in alone.named_parameters():
         assert parameter.grad is not None
