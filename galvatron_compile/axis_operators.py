@@ -19,6 +19,10 @@ _LIBRARY.define(
     " -> Tensor"
 )
 _LIBRARY.define(
+    "sum_add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, int n, str axis)"
+    " -> (Tensor, Tensor)"
+)
+_LIBRARY.define(
     "gather_linear(Tensor x, Tensor weight, int dim, int outer, int n, str axis)"
     " -> (Tensor, Tensor)"
 )
@@ -47,6 +51,13 @@ def _all_to_all(
     return x.new_empty(_scaled(x, {dim_from: (n, 1), dim_to: (1, n)}))
 
 
+def _sum_add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, n: int, axis: str
+) -> tuple[Tensor, Tensor]:
+    like = torch.empty_like(residual, memory_format=torch.contiguous_format)
+    return like, torch.empty_like(like)
+
+
 def _gather_linear(
     x: Tensor, weight: Tensor, dim: int, outer: int, n: int, axis: str
 ) -> tuple[Tensor, Tensor]:
@@ -72,6 +83,7 @@ for _name, _kernel in {
     "all_gather": _all_gather,
     "reduce_scatter": _reduce_scatter,
     "all_to_all": _all_to_all,
+    "sum_add_rms_norm": _sum_add_rms_norm,
     "gather_linear": _gather_linear,
     "linear_reduce_scatter": _linear_reduce_scatter,
 }.items():

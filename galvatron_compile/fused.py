@@ -24,6 +24,7 @@ from galvatron_compile.mesh import Axis
 __all__ = [
     "add_layer_norm",
     "add_rms_norm",
+    "all_reduce_add_rms_norm",
     "cross_entropy",
     "gather_linear",
     "layer_norm",
@@ -74,6 +75,45 @@ class _CrossEntropy(torch.autograd.Function):
             logits, target, log_sum, gradient, ctx.first, ctx.ignore_index
         )
         return found, None, None, None
+
+
+def all_reduce_add_rms_norm(
+    partial: Tensor, residual: Tensor, weight: Tensor, eps: float, axis: Axis
+) -> tuple[Tensor, Tensor]:
+    """(RMS norm of total, total) with total = residual + the sum of ``partial`` over the axis.
+
+    Args:
+        partial: (…, features), P. residual: of the same shape, R. weight: (features,), R.
+    """
+    found: tuple[Tensor, Tensor] = _AllReduceAddNorm.apply(partial, residual, weight, eps, axis)
+    return found
+
+
+class _AllReduceAddNorm(torch.autograd.Function):
+    """P → R has the identity for its backward, so both terms get the gradient of the total."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, partial: Tensor, residual: Tensor, weight: Tensor, eps: float, axis: Axis
+    ) -> tuple[Tensor, Tensor]:
+        y, total = transport.all_reduce_add_rms_norm(partial, residual, weight, eps, axis)
+        ctx.save_for_backward(total, weight)
+        ctx.eps = eps
+        ctx.set_materialize_grads(False)
+        return y, total
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, of_y: Tensor | None, of_total: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        total, weight = ctx.saved_tensors
+        gradient, of_weight = of_total, None
+        if of_y is not None:
+            scale = OPS.rms_norm(total, weight, ctx.eps)[1]  # cheaper to make again than to keep
+            gradient, of_weight = OPS.rms_norm_backward(of_y, total, weight, scale)
+            gradient = gradient if of_total is None else gradient + of_total
+        return gradient, gradient, of_weight, None, None
 
 
 def gather_linear(

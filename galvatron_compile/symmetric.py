@@ -13,7 +13,11 @@ from galvatron_compile.kernels.base import INTERPRETED
 from galvatron_compile.mesh import Axis
 from galvatron_compile.program import StageProgram
 
-_OVERLAPPED = (fused.gather_linear, fused.linear_reduce_scatter)
+_OVERLAPPED = (
+    fused.gather_linear,
+    fused.linear_reduce_scatter,
+    fused.all_reduce_add_rms_norm,
+)
 
 
 def with_peers(program: StageProgram, capacity_bytes: int = 256 << 20) -> StageProgram:

@@ -75,6 +75,22 @@ def reduce_scatter(x: Tensor, dim: int, outer: int, axis: Axis) -> Tensor:
     return _merge_pieces(out, dim)
 
 
+def all_reduce_add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, axis: Axis
+) -> tuple[Tensor, Tensor]:
+    """(RMS norm of total, total), total = residual + the sum of x over the axis. One kernel where
+    the axis has symmetric memory, a collective and a kernel elsewhere."""
+    if axis.traced:
+        both: tuple[Tensor, Tensor] = OPS.sum_add_rms_norm(
+            x, residual, weight, eps, axis.size, axis.name
+        )
+        return both
+    if axis.peers:
+        return OPS.all_reduce_add_rms_norm(x, residual, weight, eps, axis.size, axis.peers)
+    y, total, _ = OPS.add_rms_norm(all_reduce(x, axis), residual, weight, eps)
+    return y, total
+
+
 def gather_linear(
     x: Tensor, weight: Tensor, dim: int, outer: int, axis: Axis
 ) -> tuple[Tensor, Tensor]:

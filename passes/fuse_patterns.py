@@ -117,6 +117,14 @@ def _norm(
     target = getattr(fused, name)
     if axis is None and is_op(value, "add") and _adds(value) and not is_op(node, "add"):
         ahead = [x for x in rest if isinstance(x, fx.Node) and not precedes(x, value)]
+        summed = next((x for x in value.args[:2] if _is_finished_here(x)), None)
+        if not ahead and summed is not None and name == "rms_norm":
+            residual = value.args[1] if summed is value.args[0] else value.args[0]
+            args = (summed.args[0], residual, *rest, summed.args[1])
+            return Match(
+                "all_reduce + add_rms_norm", fused.all_reduce_add_rms_norm, args, (node, value),
+                ordered([*chain, value, summed]), at=value,
+            )  # fmt: skip
         if not ahead:
             both = getattr(fused, f"add_{name}")
             args = (value.args[0], value.args[1], *rest)
@@ -125,6 +133,11 @@ def _norm(
             )
     converted = None if axis is None else (value, axis)
     return Match(name, target, (value, *rest), (node,), ordered(chain), node, converted)
+
+
+def _is_finished_here(node: Node) -> bool:
+    """A sum over ranks that only the addition reads."""
+    return is_call(node, collectives.all_reduce) and len(node.users) == 1
 
 
 def _adds(node: Node) -> bool:

@@ -199,6 +199,7 @@ _COLLECTIVES: dict[str, Callable[..., Any]] = {
     "galvatron.all_gather.default": transport.all_gather,
     "galvatron.reduce_scatter.default": transport.reduce_scatter,
     "galvatron.all_to_all.default": transport.all_to_all,
+    "galvatron.sum_add_rms_norm.default": transport.all_reduce_add_rms_norm,
     "galvatron.gather_linear.default": transport.gather_linear,
     "galvatron.linear_reduce_scatter.default": transport.linear_reduce_scatter,
 }

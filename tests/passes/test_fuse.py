@@ -85,6 +85,14 @@ def test_a_llama_with_sequence_parallelism_is_fused_throughout() -> None:
     assert "gather_linear" in str(after)  # the printed program has them too
 
 
+def test_a_sum_over_ranks_ends_in_the_norm_behind_it() -> None:
+    _, fusions = fuse(program(llama(), "tp2"), None, "always")
+    assert taken(fusions) == {
+        "rms_norm": 3, "all_reduce + add_rms_norm": 2, "rotary": 4, "swiglu": 2,
+        "vocabulary-parallel cross_entropy": 1,
+    }  # fmt: skip
+
+
 def test_the_report_reads() -> None:
     text = str(fuse(program(llama(), "tp2.sp"), None, "always")[1])
     assert "// model.layers.0 and 1 more" in text
