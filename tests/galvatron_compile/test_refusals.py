@@ -175,6 +175,7 @@ def test_a_batch_that_a_plan_does_not_split_is_refused(ranks: Any, plan: str) ->
         ({"model": Tiny}, GalvatronError, "the model is the class Tiny; pass an instance of"),
         ({"model": "llama"}, GalvatronError, "the model is 'llama'; pass an instance of torch.nn"),
         ({"seed": 1.5}, GalvatronError, r"seed is 1\.5; pass a whole number"),
+        ({"fuse": True}, GalvatronError, "fuse is True; pass 'auto', 'always' or 'never'"),
         ({"loss_fn": 3}, GalvatronError, r"loss_fn is 3; pass a function loss_fn\(outputs, batch"),
         ({"loss_fn": torch.sum}, CaptureError, r"model or of loss_fn\(outputs, batch\)"),
         ({"loss_fn": lambda y: y}, GalvatronError, r"takes \(y\), but is called loss_fn\(outputs"),
