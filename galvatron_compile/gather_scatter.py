@@ -2,9 +2,9 @@
 a reduce-scatter that moves no more than it must.
 
 gloo reduces a whole copy of the buffer on every rank and hands out a part (torch 2.11 to 2.13:
-three to eight times as long as an all-to-all of as many bytes, bench/LOG.md). So on the CPU the
-parts are exchanged and every rank sums its own: (n - 1) / n of the buffer leaves a rank, as in a
-ring, and sums of 16-bit numbers are rounded once.
+two to six times as long as to send the parts, bench/LOG.md). So on the CPU the parts are exchanged
+and every rank sums its own: (n - 1) / n of the buffer leaves a rank, as in a ring, and sums of
+16-bit numbers are rounded once.
 """
 
 from __future__ import annotations
@@ -56,17 +56,36 @@ class _Kept:
 
 
 class _Exchange:
-    """Every rank's part to its rank; the sum is made by who waits."""
+    """Every rank's part to its rank; the sum is made by who waits.
+
+    By sends and receives: gloo's all-to-all takes half as long again where calls follow each other
+    on a slow link (bench/LOG.md).
+    """
 
     def __init__(self, output: Tensor, whole: Tensor, group: dist.ProcessGroup | None) -> None:
-        self.output, self.whole = output, whole
-        self.received = whole.new_empty((whole.numel() // output.numel(), output.numel()))
-        self.work = dist.all_to_all_single(
-            self.received.view(-1), whole.view(-1), group=group, async_op=True
-        )
+        ranks = dist.get_process_group_ranks(group or dist.group.WORLD)  # type: ignore[arg-type]
+        n, me = len(ranks), dist.get_rank(group)
+        parts = whole.view(n, -1)
+        self.output, self.parts, self.me = output.view(-1), parts, me
+        self.received = whole.new_empty((n - 1, parts.shape[1]))
+        self.works: list[dist.Work | None] = []
+        for step in range(1, n):
+            source = ranks[(me - step) % n]
+            self.works.append(dist.irecv(self.received[step - 1], source, group=group))
+        for step in range(1, n):
+            target = (me + step) % n
+            self.works.append(dist.isend(parts[target], ranks[target], group=group))
 
     def wait(self) -> None:
-        self.work.wait()
-        del self.work, self.whole  # not needed for the sum, and as large as what came
-        torch.sum(self.received, 0, dtype=self.output.dtype, out=self.output.view(-1))
-        del self.received
+        for work in self.works:
+            assert work is not None
+            work.wait()
+        everyone = [self.parts[self.me], *self.received]  # one rounding for 16-bit numbers
+        wide = torch.float32 if self.output.dtype.itemsize == 2 else self.output.dtype
+        if wide == self.output.dtype:
+            torch.add(everyone[0], everyone[1], out=self.output)
+            for part in everyone[2:]:
+                self.output.add_(part)
+        else:
+            self.output.copy_(torch.stack(everyone).sum(0, dtype=wide))
+        del self.works, self.parts, self.received

@@ -34,6 +34,19 @@ except ImportError:  # no wheel for this platform: operators still compute, with
     triton, tl = _Absent(), _Absent()
     HAS_TRITON = INTERPRETED = False
 
+__all__ = [
+    "HAS_TRITON",
+    "INTERPRETED",
+    "KERNEL_DTYPES",
+    "as_rows",
+    "exact",
+    "next_power_of_2",
+    "runs_kernels",
+    "tl",
+    "triton",
+    "warps_for",
+]
+
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

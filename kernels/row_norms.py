@@ -185,6 +185,8 @@ def ahead(
     sums = dict.fromkeys(("mean", "rstd", "weight_sums", "bias_sums"), "*fp32")
     strides = ("x_stride", "residual_stride", "dy_stride", "dtotal_stride")
     sizes: dict[str, str] = dict.fromkeys((*strides, "num_rows", "n"), "i32:16") | {"eps": "fp32"}
+    absent = ["residual", "dtotal"] * (not adds) + ["bias"] * (not has_bias)
+    absent += ["mean"] * (not centred)
     cases: list[tuple[Any, dict[str, Any], int]] = []
     for kernels, longest, long_rows in (
         ((norm_forward, norm_forward_long), MAX_FORWARD, 1),
@@ -194,6 +196,7 @@ def ahead(
         block = LONG_BLOCK if long else next_power_of_2(n)
         rows = long_rows if long else max(1, 4096 // block)
         given = {**matrices, **sums, **sizes, **flags, "ROWS": rows, "BLOCK": block}
+        given |= dict.fromkeys(absent)
         kernel = kernels[long]
         named = {name: given[name] for name in kernel.arg_names}
         cases.append((kernel, named, warps_for(rows * block)))

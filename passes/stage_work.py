@@ -146,7 +146,7 @@ class _Group:
             working_bytes=sum(unit.working_bytes for unit in held),
             pending_bytes=pending,
             gradient_bytes=sum(unit.gradient_bytes for unit in held),
-            exchange_bytes=pending if exchanged else 0,
+            exchange_bytes=pending - pending // strategy.data_ranks if exchanged else 0,
         )
         outline = UnitOutline(
             name=member.name,

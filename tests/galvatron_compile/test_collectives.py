@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from galvatron_compile import collectives, transport
+from galvatron_compile import collectives, gather_scatter
 from galvatron_compile.mesh import Axis, Mesh
 from galvatron_compile.placement import P, Placement, R, S, V
 
@@ -168,8 +168,8 @@ def recorded(source: Placement, target: Placement, shape: tuple[int, ...]) -> li
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transport, "_gather", spy("all_gather", transport._gather))
-        patch.setattr(transport, "_scatter", spy("reduce_scatter", transport._scatter))
+        for name in ("all_gather", "reduce_scatter"):
+            patch.setattr(gather_scatter, name, spy(name, getattr(gather_scatter, name)))
         patch.setattr(dist, "all_reduce", spy("all_reduce", dist.all_reduce))
         patch.setattr(dist, "all_to_all_single", spy("all_to_all", dist.all_to_all_single))
         found = collectives.conversion(source, target)

@@ -1,15 +1,27 @@
-"""Makes ``kernel_checks`` importable (``--import-mode=importlib`` keeps tests/ off sys.path)."""
+"""Makes helpers importable (``--import-mode=importlib`` keeps tests/ off sys.path)."""
 
 from __future__ import annotations
 
 import importlib.util
+import random
 import sys
 from pathlib import Path
 
-if "kernel_checks" not in sys.modules:
-    _path = Path(__file__).with_name("kernel_checks.py")
-    _spec = importlib.util.spec_from_file_location("kernel_checks", _path)
-    assert _spec is not None and _spec.loader is not None
-    _module = importlib.util.module_from_spec(_spec)
-    sys.modules["kernel_checks"] = _module
-    _spec.loader.exec_module(_module)
+import pytest
+
+for _name in ("kernel_checks", "peer_checks"):
+    if _name not in sys.modules:
+        _path = Path(__file__).with_name(f"{_name}.py")
+        _spec = importlib.util.spec_from_file_location(_name, _path)
+        assert _spec is not None and _spec.loader is not None
+        _module = importlib.util.module_from_spec(_spec)
+        sys.modules[_name] = _module
+        _spec.loader.exec_module(_module)
+
+
+@pytest.fixture
+def seed() -> int:
+    """A fresh one for every run; pytest prints it where a test fails."""
+    drawn = random.SystemRandom().randrange(2**31)
+    print(f"seed {drawn}")
+    return drawn

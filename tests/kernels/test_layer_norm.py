@@ -42,11 +42,14 @@ def _expected(x: Tensor, weight: Maybe, bias: Maybe, dy: Tensor) -> tuple[Tensor
     return y.detach(), list(torch.autograd.grad(y, leaves, dy.double()))
 
 
-def _compare(leaves: list[Maybe], actual: Any, expected: list[Tensor], n: int, rows: int) -> None:
+def _compare(
+    leaves: list[Maybe], actual: Any, expected: list[Tensor], along: int, down: int
+) -> None:
+    """along, down: terms of the sums over a row, and over rows of what such sums made."""
     assert [t is None for t in leaves] == [t is None for t in actual]
     given = [grad for grad in actual if grad is not None]
     for place, (grad, wanted) in enumerate(zip(given, expected, strict=True)):
-        close(grad, wanted, terms=n if place == 0 else rows, what=f"gradient {place}")
+        close(grad, wanted, terms=along if place == 0 else down, what=f"gradient {place}")
 
 
 def _check(
@@ -64,7 +67,8 @@ def _check(
     grads = iter(torch.autograd.grad(actual, given, dy))
     n, rows = shape[-1], x.numel() // shape[-1]
     close(actual.detach(), y, terms=4 * n, what="y")
-    _compare(leaves, [None if t is None else next(grads) for t in leaves], expected, 4 * n, rows)
+    actual_grads = [None if t is None else next(grads) for t in leaves]
+    _compare(leaves, actual_grads, expected, 4 * n, 4 * n + rows)
 
 
 def _check_add(shape: tuple[int, ...], dtype: torch.dtype, seed: int, reads: str) -> None:
@@ -83,7 +87,7 @@ def _check_add(shape: tuple[int, ...], dtype: torch.dtype, seed: int, reads: str
     close(grads[1], dx, terms=4 * shape[-1], what="dresidual")
     if "y" in reads:
         for grad, expected in zip(grads[2:], others, strict=True):
-            close(grad, expected, terms=x.numel() // shape[-1], what="parameter")
+            close(grad, expected, terms=4 * x.numel(), what="parameter")
     else:
         assert grads[2:] == (None, None)
 

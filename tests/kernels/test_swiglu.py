@@ -16,13 +16,15 @@ KERNELS = ("swiglu_kernel", "swiglu_backward_kernel")
 
 
 def _check(shape: tuple[int, ...], dtype: torch.dtype, seed: int, layout: str) -> None:
-    """layout: ``dense``, ``halves`` of one matrix, or ``gaps`` between the elements."""
+    """layout: ``dense``, ``halves`` of one matrix, ``mixed``, or ``gaps`` between the elements."""
     make = torch.Generator().manual_seed(seed)
     both = torch.randn(*shape[:-1], 2 * shape[-1], generator=make).mul(4).to(dtype)
     dout = torch.randn(shape, generator=make).to(dtype)
     gate, up = both[..., : shape[-1]], both[..., shape[-1] :]
     if layout == "dense":
-        gate, up = gate.contiguous(), up.contiguous()
+        gate = gate.contiguous()
+    if layout in ("dense", "mixed"):
+        up = up.contiguous()
     if layout == "gaps":
         gate, up, dout = (torch.stack((t, t * float("nan")), -1)[..., 0] for t in (gate, up, dout))
     wide = gate.double().requires_grad_(), up.double().requires_grad_()
@@ -38,7 +40,7 @@ def _check(shape: tuple[int, ...], dtype: torch.dtype, seed: int, layout: str) -
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("layout", ["dense", "halves", "gaps"])
+@pytest.mark.parametrize("layout", ["dense", "halves", "mixed", "gaps"])
 def test_plain(layout: str, dtype: torch.dtype) -> None:
     for shape in ((3, 5, 8), (4, 33), (7,), (2, 0, 8), (0,)):
         _check(shape, dtype, new_seed(), layout)
@@ -91,7 +93,7 @@ def test_traced_with_a_symbolic_batch() -> None:
 def _in_interpreter(dtype: torch.dtype, seed: int, changes: dict[str, Any]) -> set[str]:
     with watched(op, *KERNELS, **changes) as counts:
         for shape in ((3, 2, 100), (2, 64)):
-            for layout in ("dense", "halves", "gaps"):
+            for layout in ("dense", "halves", "mixed", "gaps"):
                 _check(shape, dtype, seed, layout)
         large = torch.tensor([-1e4, -100.0, 0.0, 100.0, 1e4])
         assert swiglu(large, torch.ones(5)).tolist() == [0, 0, 0, 100, 1e4]

@@ -1,0 +1,77 @@
+"""All-gather + matmul against float64, with plain collectives, with kernels across processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peer_checks import EPS, NAME, epochs_of, near, of_all_ranks, poisoned
+
+from galvatron_compile.kernels import all_gather_matmul as tested
+
+
+def check(
+    seed: int, sizes: tuple[int, int, int], dtype: torch.dtype, odd_strides: bool, kernels: bool
+) -> None:
+    with poisoned() as peers:
+        compare(peers, seed, sizes, dtype, odd_strides, kernels)
+
+
+def compare(
+    peers: Any, seed: int, sizes: Any, dtype: torch.dtype, odd_strides: bool, kernels: bool
+) -> None:
+    m, k, out = sizes
+    rank, size = peers.rank, peers.size
+    xs = of_all_ranks(seed, (m, k), dtype)
+    weights = of_all_ranks(seed + 1, (out, k), dtype)
+    dys = of_all_ranks(seed + 2, (size * m, out), dtype)
+    dgathered = of_all_ranks(seed + 3, (size * m, k), dtype)
+    x, weight = xs[rank].clone(), weights[rank].clone()
+    if odd_strides:
+        x, weight = x.t().contiguous().t(), torch.stack([weight, weight], -1)[..., 0]
+    x.requires_grad_(), weight.requires_grad_()
+    found: list[torch.Tensor] = []
+
+    def run() -> None:
+        y, gathered = tested.all_gather_matmul(x, weight, size, NAME)
+        both = torch.autograd.grad((y, gathered), (x, weight), (dys[rank], dgathered[rank]))
+        found.extend((y, gathered, *both))
+
+    assert not kernels or epochs_of(peers, run) == 3  # forward, its mirror, the scatter of dgathered
+    if not kernels:
+        run()
+    y, gathered, dx, dweight = found
+    assert torch.equal(gathered, torch.cat(xs))
+    near(y, tested.all_gather_matmul_reference(xs, weights)[rank], k)
+    each = zip(dys, weights, dgathered, strict=True)
+    full_dx = sum(dy.double() @ w.double() + more.double() for dy, w, more in each)
+    assert isinstance(full_dx, torch.Tensor)
+    # Partial sums are rounded to the dtype before they are added.
+    near(dx, full_dx.chunk(size)[rank], size * out)
+    near(dweight, dys[rank].double().t() @ torch.cat(xs).double(), size * m)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("dtype", list(EPS), ids=str)
+def test_collectives_equal_the_float64_reference(
+    ranks: Any, size: int, dtype: torch.dtype, seed: int
+) -> None:
+    ranks(size).run(check, seed, (5, 7, 3), dtype, True, False)
+
+
+@pytest.mark.parametrize(
+    ("size", "sizes", "dtype", "odd_strides"),
+    [
+        (2, (40, 72, 33), torch.float32, False),
+        (2, (33, 37, 65), torch.bfloat16, True),
+        (2, (1, 1, 1), torch.float16, False),
+        (4, (35, 40, 31), torch.float32, True),
+        (4, (32, 64, 32), torch.bfloat16, False),
+    ],
+    ids=str,
+)
+def test_kernels_equal_the_float64_reference(
+    interpreted: Any, size: int, sizes: Any, dtype: torch.dtype, odd_strides: bool, seed: int
+) -> None:
+    interpreted(size).run(check, seed, sizes, dtype, odd_strides, True)
