@@ -38,7 +38,8 @@ def compare(
         both = torch.autograd.grad((y, gathered), (x, weight), (dys[rank], dgathered[rank]))
         found.extend((y, gathered, *both))
 
-    assert not kernels or epochs_of(peers, run) == 3  # forward, its mirror, the scatter of dgathered
+    # Forward, its mirror, and the scatter of the gradient of what was gathered.
+    assert not kernels or epochs_of(peers, run) == 3
     if not kernels:
         run()
     y, gathered, dx, dweight = found
@@ -48,7 +49,7 @@ def compare(
     full_dx = sum(dy.double() @ w.double() + more.double() for dy, w, more in each)
     assert isinstance(full_dx, torch.Tensor)
     # Partial sums are rounded to the dtype before they are added.
-    near(dx, full_dx.chunk(size)[rank], size * out)
+    near(dx, full_dx.chunk(size)[rank], 4 * size * out)
     near(dweight, dys[rank].double().t() @ torch.cat(xs).double(), size * m)
 
 
