@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_CONSTRAINT := $(abspath constraints.txt)
 export PIP_BUILD_CONSTRAINT := $(abspath constraints.txt)
 
-.PHONY: help setup demo test test-all check bench bench-plan clean
+.PHONY: help setup demo test test-all check bench bench-plan bench-gpu clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -44,6 +44,9 @@ check: $(READY)  ## lint, formatting rules and strict types
 
 bench: $(READY)  ## step time against the same strategies written by hand
 	$(RUN_RANKS) 2 bench/step_time.py
+
+bench-gpu: $(READY)  ## every kernel on one GPU: right, and how near to the roofline
+	$(BIN)/python bench/gpu.py
 
 bench-plan: $(READY)  ## the planner: search, capture by depth, Galvatron's own numbers (5 minutes)
 	$(BIN)/python bench/search_scale.py
