@@ -157,7 +157,8 @@ def copy_kernel(  # type: ignore[no-untyped-def]
     lanes = tl.arange(0, BLOCK)
     whole = (start + BLOCK <= chunk) & (element + BLOCK <= numel)
     if whole & (address % 16 == 0) & (place * bucket_size % 16 == 0):
-        here = tl.multiple_of(address, 16).to(tensor.dtype) + lanes
+        # The hint on the pointer too, or it is lost where an integer becomes one.
+        here = tl.multiple_of(tl.multiple_of(address, 16).to(tensor.dtype), 16) + lanes
         there = bucket + tl.multiple_of(place, 16 // bucket_size) + lanes
         if TO_BUCKET:
             values = tl.load(here).to(tl.float32) * scale

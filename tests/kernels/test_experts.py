@@ -1,0 +1,88 @@
+"""Tokens to experts and back, against the references, in PyTorch and as kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from kernel_checks import close, launched, watched
+
+from galvatron_compile.kernels import base
+from galvatron_compile.kernels import experts as tested
+from galvatron_compile.kernels.ahead import compile_ahead
+
+KERNELS = ("spread_kernel", "collect_kernel", "spread_weighted_kernel")
+SIZES = [(1, 1, 1, 1), (7, 2, 33, 4), (16, 4, 1200, 5), (0, 2, 8, 3)]
+
+
+def check(seed: int, sizes: tuple[int, ...], dtype: torch.dtype, kernels: bool) -> None:
+    assert base.INTERPRETED is kernels
+    torch.manual_seed(seed)
+    t, k, h, num_experts = sizes
+    x = torch.randn(h, t, dtype=torch.float64).to(dtype).t().requires_grad_()  # not contiguous
+    chosen = torch.randint(0, num_experts, (t, k))
+    gates = torch.rand(t, k, dtype=torch.float64).to(dtype).requires_grad_()
+    dout = torch.randn(t, h, dtype=torch.float64).to(dtype)
+    with watched(tested, *KERNELS) as counts:
+        rows, source, num_tokens = tested.permute(x, chosen, num_experts)
+        out = tested.unpermute(rows, source, gates)
+        dx, dgates = torch.autograd.grad(out, (x, gates), dout)
+    assert launched(counts) == (set(KERNELS) if kernels and t else set())
+    order = chosen.flatten().argsort(stable=True)
+    assert torch.equal(rows, x.detach()[order // k]) and torch.equal(source, order)
+    assert num_tokens.tolist() == [int((chosen == e).sum()) for e in range(num_experts)]
+
+    wide_x, wide_gates = (v.detach().double().requires_grad_() for v in (x, gates))
+    wanted = (wide_x[:, None] * wide_gates[..., None]).sum(1)
+    wanted_dx, wanted_dgates = torch.autograd.grad(wanted, (wide_x, wide_gates), dout.double())
+    close(out.detach(), wanted.detach(), terms=k, what="out")
+    # Gradients of rows are rounded before those of one token are added.
+    loose = 4 * k * torch.finfo(dtype).eps
+    torch.testing.assert_close(dx.double(), wanted_dx, rtol=loose, atol=4 * loose)
+    close(dgates, wanted_dgates, terms=4 * h, what="gates")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_kernels_equal_the_reference(
+    interpreted: Any, seed: int, sizes: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    interpreted(1).run(check, seed, sizes, dtype, True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_without_kernels_they_do_the_same(
+    seed: int, sizes: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    check(seed, sizes, dtype, False)
+
+
+def test_references_agree_with_the_operators(seed: int) -> None:
+    torch.manual_seed(seed)
+    x, chosen = torch.randn(9, 5, dtype=torch.float64), torch.randint(0, 3, (9, 2))
+    for got, wanted in zip(
+        tested.permute(x, chosen, 3), tested.permute_reference(x, chosen, 3), strict=True
+    ):
+        assert torch.equal(got, wanted)
+
+
+def test_gradients_by_finite_differences(seed: int) -> None:
+    torch.manual_seed(seed)
+    chosen = torch.randint(0, 3, (4, 2))
+    x, gates = (torch.randn(4, n, dtype=torch.float64, requires_grad=True) for n in (5, 2))
+
+    def there_and_back(x: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+        rows, source, _ = tested.permute(x, chosen, 3)
+        return tested.unpermute(rows * rows, source, gates)
+
+    assert torch.autograd.gradcheck(there_and_back, (x, gates))
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("place", range(len(tested.ahead())))
+def test_machine_code(place: int, capability: int) -> None:
+    kernel, arguments, num_warps = tested.ahead()[place]
+    made = compile_ahead(kernel, arguments, capability=capability, num_warps=num_warps)
+    assert made.spilled_bytes == 0 and made.num_wide_loads > 0 and made.num_wide_stores > 0
