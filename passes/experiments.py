@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import cycle
@@ -40,7 +41,7 @@ from galvatron_compile.torch_private import as_fake
 _FLOPS_PER_S = {"cpu": 1e10, "cuda": 1e12}
 _BYTES_PER_S = {"cpu": 1e9, "cuda": 5e10}
 _LONGEST_FIRST_RUN_MS = 10_000.0
-_TURNS_BYTES, _MAX_TURNS = 64 * 1024**2, 8
+_TURNS_BYTES, _MAX_TURNS, _MAX_DEPTH = 64 * 1024**2, 8, 4
 
 
 def experiments(
@@ -76,7 +77,8 @@ def experiments(
             first = 1
         if first and needed(first) <= memory_bytes:
             sizes = tuple(size for size in sorted(batches) if needed(size) <= memory_bytes)
-            prepare = _runner(graph, layered, layered.classes[class_index].kinds, device)
+            depth = partial(_depth, needed, memory_bytes)
+            prepare = _runner(graph, layered, layered.classes[class_index].kinds, device, depth)
             runs.append(Experiment(form, _describe(graph, layered), sizes, first, prepare))
     return runs
 
@@ -137,17 +139,27 @@ def _describe(graph: fx.GraphModule, layered: LayeredGraph) -> str:
         for node in graph.graph.nodes
     ]
     text = "\n".join(lines).replace(str(layered.graph.batch_symbol), "batch")
-    return f"lowered, in turns\n{text}"
+    return f"lowered, in turns, {_MAX_DEPTH} deep\n{text}"
+
+
+def _depth(needed: Callable[[int], int], memory_bytes: int, size: int) -> int:
+    """How many runs' saved activations are there at once; what fits."""
+    return max(1, min(_MAX_DEPTH, memory_bytes // max(1, needed(size))))
 
 
 def _runner(
-    graph: fx.GraphModule, layered: LayeredGraph, kinds: tuple[str, ...], device: torch.device
+    graph: fx.GraphModule,
+    layered: LayeredGraph,
+    kinds: tuple[str, ...],
+    device: torch.device,
+    depth: Callable[[int], int],
 ) -> Callable[[int], Forward]:
     """batch size -> a function that runs forward and gives one that runs backward, on arguments
     that live as long as it does. The graphs are those that training would run.
 
-    As in training, parameters are cold in the caches (in a step all other layers come in between),
-    and gradients are added up: parameters and sums come in turns, of more bytes than caches hold.
+    As in training, parameters and saved activations are cold in the caches (in a step all other
+    layers come in between), and gradients are added up: parameters and sums come in turns, of more
+    bytes than caches hold, and a backward is that of the forward ``depth - 1`` runs ago.
     """
     flags = differentiable_flags(graph, kinds)
     symbol = layered.graph.batch_symbol
@@ -161,19 +173,24 @@ def _runner(
         num_turns = max(1, min(_MAX_TURNS, _TURNS_BYTES // max(num_bytes, 1)))
         turns = cycle([_turn(parameters) for _ in range(num_turns)])
 
+        waiting: deque[tuple[Any, ...]] = deque()
+
         def forward() -> Callable[[], Any]:
             mine, sums = next(turns)
             outputs, kept = piece.forward(values, mine, seed)
             gradients = [torch.ones_like(x) if x.is_floating_point() else None for x in outputs]
-
-            def backward() -> None:
-                _, found = piece.backward(kept, mine, gradients)
-                for total, gradient in zip(sums, found, strict=True):
-                    if gradient is not None:
-                        total.add_(gradient.to_dense() if gradient.is_sparse else gradient)
-
+            waiting.append((mine, sums, kept, gradients))
             return backward
 
+        def backward() -> None:
+            mine, sums, kept, gradients = waiting.popleft()
+            _, found = piece.backward(kept, mine, gradients)
+            for total, gradient in zip(sums, found, strict=True):
+                if gradient is not None:
+                    total.add_(gradient.to_dense() if gradient.is_sparse else gradient)
+
+        for _ in range(depth(batch_size) - 1):
+            forward()
         return forward
 
     return prepare
