@@ -76,8 +76,9 @@ def _round(
 
 
 def same(turn: int, what: str, got: Tensor, wanted: Tensor, length: int) -> None:
-    """RuntimeError unless as exact as a sum of ``length`` products of normal numbers."""
-    bound = 6 * length**0.5 * (torch.finfo(got.dtype).eps + length * 2.0**-23)
+    """RuntimeError unless as exact as a sum of ``length`` products of normal numbers, of which each
+    rank's part is rounded."""
+    bound = 20 * length**0.5 * (torch.finfo(got.dtype).eps + length * 2.0**-23)
     error = float((got.double() - wanted).abs().max())
     if not error <= bound:
         raise RuntimeError(f"round {turn}: {what} is off by {error:g}, more than {bound:g}")

@@ -49,7 +49,7 @@ def compare(
     full_dx = sum(dy.double() @ w.double() + more.double() for dy, w, more in each)
     assert isinstance(full_dx, torch.Tensor)
     # Partial sums are rounded to the dtype before they are added.
-    near(dx, full_dx.chunk(size)[rank], 4 * size * out)
+    near(dx, full_dx.chunk(size)[rank], size * out, roundings=size + 3)
     near(dweight, dys[rank].double().t() @ torch.cat(xs).double(), size * m)
 
 
