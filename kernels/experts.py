@@ -52,9 +52,9 @@ def unpermute(rows: Tensor, source: Tensor, gates: Tensor) -> Tensor:
     rows: ``[t * k, h]`` in the order of ``source`` (from :func:`permute`); gates: ``[t, k]``.
 
     Raises:
-        ValueError: rows, source and gates do not agree on t * k.
+        ValueError: gates is not ``[t, k]``; rows, source and gates do not agree on t * k.
     """
-    if not rows.shape[0] == source.shape[0] == gates.numel():
+    if gates.dim() != 2 or not rows.shape[0] == source.shape[0] == gates.numel():
         raise ValueError(
             f"{rows.shape[0]} rows, {source.shape[0]} sources and gates {list(gates.shape)}: "
             "each must have t * k"

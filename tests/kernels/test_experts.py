@@ -86,3 +86,13 @@ def test_machine_code(place: int, capability: int) -> None:
     kernel, arguments, num_warps = tested.ahead()[place]
     made = compile_ahead(kernel, arguments, capability=capability, num_warps=num_warps)
     assert made.spilled_bytes == 0 and made.num_wide_loads > 0 and made.num_wide_stores > 0
+
+
+def test_what_does_not_agree_is_refused() -> None:
+    rows, source = torch.zeros(4, 3), torch.arange(4)
+    with pytest.raises(ValueError, match="each must have t"):
+        tested.unpermute(rows, source, torch.ones(4))
+    with pytest.raises(ValueError, match="each must have t"):
+        tested.unpermute(rows, source, torch.ones(3, 2))
+    with pytest.raises(ValueError, match=r"experts must be \[4, k\]"):
+        tested.permute(rows, torch.zeros(3, 2, dtype=torch.int64), 2)
