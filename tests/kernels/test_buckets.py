@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -70,6 +71,57 @@ def check_sum(seed: int, parts: int, dtype: torch.dtype, kernels: bool) -> None:
         close(out, given.double().sum(0), terms=parts, what="sum")
 
 
+def check_blocks(seed: int, kernels: bool) -> None:
+    """Chunks of several blocks, whole ones and not; three tensors (no power of 2) of two dtypes."""
+    assert base.INTERPRETED is kernels
+    torch.manual_seed(seed)
+    parts, offsets, chunks = 2, [0, 256, 384], [200, 128, 130]
+    sizes = [290, 256, 200]  # the first ends inside a block that its chunk fills
+    dtypes = [torch.bfloat16, torch.float32, torch.bfloat16]
+    given = [torch.randn(n).to(d) for n, d in zip(sizes, dtypes, strict=True)]
+    with mock.patch.object(tested, "BLOCK", 64), watched(tested, "copy_kernel") as counts:
+        around = torch.full((parts, 600), float("nan"))
+        out = around[:, :520]  # rows with gaps between them
+        tested.pack(given, out, offsets, chunks, 0.25)
+        # Views with NaN behind: of a region that is shorter than its chunks nothing more is there.
+        spaces = [
+            torch.full((n + 64,), float("nan"), dtype=x.dtype)
+            for n, x in zip(sizes, given, strict=True)
+        ]
+        regions = [space[:n] for n, space in zip(sizes, spaces, strict=True)]
+        tested.unpack(out, regions, offsets, chunks)
+    assert counts == {"copy_kernel": 4 if kernels else 0}  # one for each dtype
+    wanted = tested.pack_reference(given, parts, 520, offsets, chunks, 0.25)
+    for offset, chunk in zip(offsets, chunks, strict=True):
+        columns = slice(offset, offset + chunk)
+        assert torch.equal(out[:, columns].double(), wanted[:, columns])
+        out[:, columns] = float("nan")
+    assert around.isnan().all(), "what lies between or behind chunks was written"
+    for region, space, x in zip(regions, spaces, given, strict=True):
+        assert torch.equal(region, x * 0.25) and space[x.numel() :].isnan().all()
+
+
+def check_sums_are_float32(kernels: bool) -> None:
+    """A thousand ones of bfloat16, which itself cannot count beyond 256."""
+    assert base.INTERPRETED is kernels
+    out = torch.zeros(3)
+    tested.sum_parts(torch.ones(1000, 3, dtype=torch.bfloat16), out)
+    assert out.tolist() == [1000.0] * 3
+
+
+def check_tables_are_kept(seed: int) -> None:
+    """The same tensors need one table; others, at other addresses, need one of their own."""
+    torch.manual_seed(seed)
+    tested._table.cache_clear()
+    first, second = torch.randn(8), torch.randn(8)
+    out = torch.zeros(1, 8)
+    for given in (first, second, first):
+        tested.pack([given], out, [0], [8])
+        assert torch.equal(out[0], given)
+    info = tested._table.cache_info()
+    assert (info.hits, info.misses) == (1, 2)
+
+
 CHECKS = [check_pack, check_unpack, check_sum]
 
 
@@ -87,6 +139,34 @@ def test_kernels_equal_the_reference(
 def test_without_kernels_they_do_the_same(seed: int, place: int, dtype: torch.dtype) -> None:
     if dtype != torch.float64 or CHECKS[place] is not check_pack:  # which packs into float32
         CHECKS[place](seed, 4, dtype, False)
+
+
+def test_blocks(interpreted: Any, seed: int) -> None:
+    check_blocks(seed, False)
+    interpreted(1).run(check_blocks, seed, True)
+
+
+def test_sums_are_float32(interpreted: Any) -> None:
+    check_sums_are_float32(False)
+    interpreted(1).run(check_sums_are_float32, True)
+
+
+def test_tables_are_kept(interpreted: Any, seed: int) -> None:
+    interpreted(1).run(check_tables_are_kept, seed)
+
+
+def test_opcheck() -> None:
+    given = [torch.randn(7), torch.randn(4)]
+    bucket, places = torch.zeros(2, 8), ([0, 4], [4, 2])
+    torch.library.opcheck(torch.ops.galvatron.bucket_pack_, (given, bucket, *places, 0.5))
+    torch.library.opcheck(torch.ops.galvatron.bucket_unpack_, (bucket, given, *places))
+    torch.library.opcheck(torch.ops.galvatron.sum_parts_, (torch.randn(3, 5), torch.zeros(5)))
+
+
+def test_moved_bytes() -> None:
+    """As counted by hand: 10 bfloat16 elements in 12 of a float32 bucket; 3 parts of 5."""
+    assert tested.moved_bytes(10, 2, 12, 4) == 20 + 48
+    assert tested.sum_moved_bytes(3, 5, 2, 4) == 5 * (2 + 2 + 2 + 4)
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -190,6 +190,21 @@ def test_kernels_whose_block_is_longer_than_a_row(interpreted: Any) -> None:
     interpreted(1).run(_in_interpreter, torch.bfloat16, new_seed(), 64, 512)
 
 
+def _targets_at_the_edges(kernels: bool) -> None:
+    """Each column of a shard in the middle, those around it included: the logit is that column's or
+    0. Columns of other shards lie beside it in memory."""
+    whole = torch.arange(1.0, 25.0).repeat(24, 1)
+    with watched(op, *KERNELS) as counts:
+        stats = op.cross_entropy_statistics(whole[:, 8:16], torch.arange(24), 8, -100)
+    assert (launched(counts) == {"statistics_kernel"}) is kernels
+    assert stats[:, 2].tolist() == [float(c + 1) if 8 <= c < 16 else 0.0 for c in range(24)]
+
+
+def test_targets_at_the_edges(interpreted: Any) -> None:
+    _targets_at_the_edges(False)
+    interpreted(1).run(_targets_at_the_edges, True)
+
+
 def _sum_in_interpreter(seed: int) -> None:
     with watched(op, *KERNELS) as counts:
         logits, target = _inputs(6, 50, torch.float32, seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -41,6 +42,92 @@ def check(seed: int, sizes: tuple[int, ...], dtype: torch.dtype, kernels: bool) 
     loose = 4 * k * torch.finfo(dtype).eps
     torch.testing.assert_close(dx.double(), wanted_dx, rtol=loose, atol=4 * loose)
     close(dgates, wanted_dgates, terms=4 * h, what="gates")
+
+
+def spread(x: torch.Tensor) -> torch.Tensor:
+    """The same rows with gaps of NaN between them."""
+    wide = torch.full((x.shape[0], x.shape[1] + 3), float("nan"), dtype=x.dtype)
+    wide[:, :-3] = x
+    return wide[:, :-3].detach()
+
+
+def check_blocks(seed: int, kernels: bool) -> None:
+    """Rows with gaps between them, each of several blocks; more experts than a byte counts."""
+    assert base.INTERPRETED is kernels
+    torch.manual_seed(seed)
+    t, k, h, num_experts = 5, 2, 50, 300
+    x, dout, drows = (spread(torch.randn(n, h)) for n in (t, t, t * k))
+    chosen, gates = torch.randint(0, num_experts, (t, k)), torch.rand(t, k).requires_grad_()
+    x.requires_grad_()
+    with mock.patch.object(tested, "MAX_BLOCK", 16), watched(tested, *KERNELS) as counts:
+        rows, source, num_tokens = tested.permute(x, chosen, num_experts)
+        (dx,) = torch.autograd.grad(rows, x, drows)
+        rows = spread(rows).requires_grad_()
+        out = tested.unpermute(rows, source, gates)
+        grads = torch.autograd.grad(out, (rows, gates), dout)
+    assert launched(counts) == (set(KERNELS) if kernels else set())
+    wanted = tested.permute_reference(x.detach(), chosen, num_experts)
+    assert torch.equal(rows.detach().double(), wanted[0]) and torch.equal(source, wanted[1])
+    assert torch.equal(num_tokens, wanted[2])
+    wanted_dx = torch.zeros(t, h, dtype=torch.float64).index_add(0, source // k, drows.double())
+    close(dx, wanted_dx, terms=k, what="dx")
+    leaves = [v.detach().double().requires_grad_() for v in (rows, gates)]
+    wanted_out = tested.unpermute_reference(leaves[0], source, leaves[1])
+    close(out.detach(), wanted_out.detach(), terms=k, what="out")
+    wanted_grads = torch.autograd.grad(wanted_out, leaves, dout.double())
+    for got, expected in zip(grads, wanted_grads, strict=True):
+        close(got, expected, terms=h, what="gradient of unpermute")
+
+
+def test_blocks(interpreted: Any, seed: int) -> None:
+    check_blocks(seed, False)
+    interpreted(1).run(check_blocks, seed, True)
+
+
+def test_one_undoes_the_other(seed: int) -> None:
+    """Gates that add up to 1 give the tokens back."""
+    torch.manual_seed(seed)
+    x, chosen = torch.randn(9, 5, dtype=torch.float64), torch.randint(0, 3, (9, 4))
+    rows, source, _ = tested.permute(x, chosen, 3)
+    gates = torch.randn(9, 4, dtype=torch.float64).softmax(1)
+    torch.testing.assert_close(tested.unpermute(rows, source, gates), x, rtol=1e-12, atol=1e-12)
+
+
+def test_opcheck() -> None:
+    x, gates = (torch.randn(4, n, requires_grad=True) for n in (5, 2))
+    chosen = torch.tensor([[0, 1], [2, 1], [1, 0], [2, 0]])
+    torch.library.opcheck(torch.ops.galvatron.permute, (x, chosen, 3))
+    rows, source, _ = tested.permute(x.detach(), chosen, 3)
+    torch.library.opcheck(torch.ops.galvatron.permute_backward, (rows, source, 2))
+    args = rows, source, gates.detach()
+    torch.library.opcheck(torch.ops.galvatron.unpermute_backward, (x.detach(), *args))
+    torch.library.opcheck(torch.ops.galvatron.unpermute, (rows.requires_grad_(), source, gates))
+
+
+def test_traced_with_a_symbolic_batch() -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def step(x: torch.Tensor, gates: torch.Tensor, chosen: torch.Tensor) -> Any:
+        rows, source, _ = tested.permute(x, chosen, 3)
+        out = tested.unpermute(rows * rows, source, gates)
+        return torch.autograd.grad(out.sum(), (x, gates))
+
+    def inputs(t: int) -> list[torch.Tensor]:
+        x, gates = (torch.randn(t, n, requires_grad=True) for n in (5, 2))
+        return [x, gates, torch.randint(0, 3, (t, 2))]
+
+    graph = make_fx(step, tracing_mode="symbolic")(*inputs(4))
+    names = {str(node.target) for node in graph.graph.nodes}
+    assert {f"galvatron.{n}permute_backward.default" for n in ("", "un")} <= names
+    other = inputs(6)
+    for actual, expected in zip(graph(*other), step(*other), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_moved_bytes() -> None:
+    """As counted by hand for 3 tokens of 10 bfloat16 elements and 2 experts each."""
+    assert tested.moved_bytes(3, 2, 10, 2) == 3 * 20 + 6 * 20
+    assert tested.moved_bytes(3, 2, 10, 2, weights_gradient=True) == 3 * 20 + 6 * 20 + 6 * 20
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
