@@ -72,12 +72,12 @@ def check_sum(seed: int, parts: int, dtype: torch.dtype, kernels: bool) -> None:
 
 
 def check_blocks(seed: int, kernels: bool) -> None:
-    """Chunks of several blocks, whole ones and not; three tensors (no power of 2) of two dtypes."""
+    """Chunks of several blocks, whole ones and not; three tensors (no power of 2) of one dtype."""
     assert base.INTERPRETED is kernels
     torch.manual_seed(seed)
-    parts, offsets, chunks = 2, [0, 256, 384], [200, 128, 130]
-    sizes = [290, 256, 200]  # the first ends inside a block that its chunk fills
-    dtypes = [torch.bfloat16, torch.float32, torch.bfloat16]
+    parts, offsets, chunks = 2, [0, 256, 384, 514], [200, 128, 130, 6]
+    sizes = [290, 256, 200, 12]  # the first ends inside a block that its chunk fills
+    dtypes = [torch.bfloat16, torch.float32, torch.bfloat16, torch.bfloat16]
     given = [torch.randn(n).to(d) for n, d in zip(sizes, dtypes, strict=True)]
     with mock.patch.object(tested, "BLOCK", 64), watched(tested, "copy_kernel") as counts:
         around = torch.full((parts, 600), float("nan"))
