@@ -30,13 +30,22 @@ from torch import Tensor
 from galvatron_compile.kernels.base import INTERPRETED, tl, triton
 from galvatron_compile.kernels.matmul_tiles import (
     block_sizes,
+    check_factors,
     multiply_tile,
     num_programs,
     place_of,
     store_tile,
 )
 from galvatron_compile.kernels.peers import Peers, peers_of, plain_all_gather
-from galvatron_compile.kernels.sync import buffer_of, copy_flat, flag_of, signal, wait
+from galvatron_compile.kernels.sync import (
+    buffer_of,
+    copy_flat,
+    fill_with_nan,
+    flag_of,
+    is_sound,
+    signal,
+    wait,
+)
 
 
 @triton.jit
@@ -45,16 +54,17 @@ def _produce(  # type: ignore[no-untyped-def]
     BLOCK_M: tl.constexpr, COPY: tl.constexpr, PRODUCERS: tl.constexpr,
 ):  # fmt: skip
     """Publish every PRODUCERS-th chunk of this rank's rows, then fetch as many of each peer's."""
-    epoch = tl.load(state)
+    epoch, sound = tl.load(state), is_sound(state)
     here = flag_of(pads, rank, 0)
     num_chunks = tl.cdiv(m, BLOCK_M)
     shard = tl.cast(m, tl.int64) * k
     for chunk in range(tl.program_id(0), num_chunks, PRODUCERS):
         first = tl.cast(chunk, tl.int64) * BLOCK_M * k
         count = tl.minimum(m - chunk * BLOCK_M, BLOCK_M) * k
-        copy_flat(x + first, buffer_of(buffers, rank, epoch, capacity, x) + first, count, COPY)
+        if sound:
+            copy_flat(x + first, buffer_of(buffers, rank, epoch, capacity, x) + first, count, COPY)
         for step in range(1, n):
-            signal(flag_of(pads, (rank + step) % n, rank * num_slots + chunk), epoch)
+            signal(flag_of(pads, (rank + step) % n, rank * num_slots + chunk), epoch, sound)
         copy_flat(x + first, gathered + rank * shard + first, count, COPY)
     for step in range(1, n):
         source = (rank + step) % n
@@ -63,9 +73,12 @@ def _produce(  # type: ignore[no-untyped-def]
             first = tl.cast(chunk, tl.int64) * BLOCK_M * k
             count = tl.minimum(m - chunk * BLOCK_M, BLOCK_M) * k
             slot = source * num_slots + chunk
-            if wait(here + slot, epoch, source, state + 1, limit):
-                copy_flat(theirs + first, gathered + source * shard + first, count, COPY)
-                signal(here + n * num_slots + slot, epoch)
+            target = gathered + source * shard + first
+            if wait(here + slot, epoch, source, state + 1, limit) & sound:
+                copy_flat(theirs + first, target, count, COPY)
+                signal(here + n * num_slots + slot, epoch, sound)
+            else:
+                fill_with_nan(target, count, COPY)
 
 
 @triton.jit
@@ -119,7 +132,11 @@ def all_gather_matmul(x: Tensor, weight: Tensor, n: int, peers: str) -> tuple[Te
 
     x: [m, k], rows of this rank; the same m on every rank. weight: [out, k], this rank's own.
     Returns [n m, out] and [n m, k]; rank r's rows are block r.
+
+    Raises:
+        ValueError: k or the dtype of x and weight differ.
     """
+    check_factors(x, weight)
     ranks = peers_of(peers, n)
     blocks = block_sizes(x)
     num_chunks = triton.cdiv(x.shape[0], blocks["BLOCK_M"]) if ranks.memory is not None else 0

@@ -26,13 +26,14 @@ from torch import Tensor
 from galvatron_compile.kernels.base import INTERPRETED, exact, tl, triton
 from galvatron_compile.kernels.matmul_tiles import (
     block_sizes,
+    check_factors,
     multiply_tile,
     num_programs,
     place_of,
     store_tile,
 )
 from galvatron_compile.kernels.peers import Peers, peers_of, plain_reduce_scatter
-from galvatron_compile.kernels.sync import buffer_of, flag_of, signal, wait
+from galvatron_compile.kernels.sync import buffer_of, flag_of, is_sound, signal, wait
 
 
 @triton.jit
@@ -45,8 +46,7 @@ def _reduce_tile(  # type: ignore[no-untyped-def]
 
     row, column: of the tile's first element. NaN if a rank did not signal.
     """
-    epoch = tl.load(state)
-    arrived = epoch >= 0
+    epoch, arrived = tl.load(state), is_sound(state)
     tl.debug_barrier()  # the own partial tile was stored by other threads than will read it
     if not READY:
         for step in range(1, n):
@@ -79,7 +79,7 @@ def matmul_reduce_scatter_kernel(  # type: ignore[no-untyped-def]
     Makes the tiles of the owners rank + 1 + first_owner … rank + last_owner (modulo n).
     READY: partial tiles are there, neither signal nor wait (to time all but the synchronisation).
     """
-    epoch = tl.load(state)
+    epoch, sound = tl.load(state), is_sound(state)
     tiles_m, tiles_n = tl.cdiv(m, BLOCK_M), tl.cdiv(out, BLOCK_N)
     num_tiles = tiles_m * tiles_n
     first = first_owner * num_tiles + tl.program_id(0)
@@ -97,14 +97,15 @@ def matmul_reduce_scatter_kernel(  # type: ignore[no-untyped-def]
         )  # fmt: skip
         theirs = buffer_of(buffers, owner, epoch, capacity, y)
         theirs += (tl.cast(rank, tl.int64) * m + row) * out + column
-        store_tile(theirs, total, out, num_rows, num_columns, BLOCK_M, BLOCK_N)
+        if sound:
+            store_tile(theirs, total, out, num_rows, num_columns, BLOCK_M, BLOCK_N)
         if owner == rank:
             _reduce_tile(
                 y, buffers, pads, state, tile, row, column, num_rows, num_columns, m, out,
                 capacity, num_slots, rank, limit, READY, n, BLOCK_M, BLOCK_N, SLICE,
             )  # fmt: skip
         elif not READY:
-            signal(flag_of(pads, owner, rank * num_slots + tile), epoch)
+            signal(flag_of(pads, owner, rank * num_slots + tile), epoch, sound)
 
 
 @torch.library.custom_op("galvatron::matmul_reduce_scatter", mutates_args=())
@@ -115,8 +116,10 @@ def matmul_reduce_scatter(x: Tensor, weight: Tensor, n: int, peers: str) -> Tens
     Returns [m, out].
 
     Raises:
-        ValueError: the rows do not divide by the number of ranks.
+        ValueError: k or the dtype of x and weight differ, or the rows do not divide by the number
+            of ranks.
     """
+    check_factors(x, weight)
     if x.shape[0] % n:
         raise ValueError(f"{x.shape[0]} rows cannot be scattered to {n} ranks; pad them")
     ranks = peers_of(peers, n)
@@ -162,10 +165,16 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     from galvatron_compile.kernels.all_gather_matmul import all_gather_matmul  # it needs this too
+    from galvatron_compile.kernels.all_reduce import all_gather_peers
 
     x, weight = ctx.saved_tensors
-    dx, gathered = all_gather_matmul(dy, weight.t(), ctx.n, ctx.peers)
-    dweight = gathered.t() @ x if ctx.needs_input_grad[1] else None
+    dx = dweight = None
+    if ctx.needs_input_grad[0]:
+        dx, gathered = all_gather_matmul(dy, weight.t(), ctx.n, ctx.peers)
+    else:
+        gathered = all_gather_peers(dy, ctx.n, ctx.peers)
+    if ctx.needs_input_grad[1]:
+        dweight = gathered.t() @ x
     return dx, dweight, None, None
 
 

@@ -66,6 +66,20 @@ def store_tile(  # type: ignore[no-untyped-def]
     tl.store(block, tile.to(target.dtype.element_ty), mask=mask)
 
 
+def check_factors(x: Tensor, weight: Tensor) -> None:
+    """Kernels would read what lies behind a factor that is too small, so look first.
+
+    Raises:
+        ValueError: not ``x [rows, k]`` and ``weight [out, k]`` of one dtype.
+    """
+    fits = x.dim() == weight.dim() == 2 and x.shape[1] == weight.shape[1]
+    if not fits or x.dtype != weight.dtype:
+        raise ValueError(
+            f"x must be [rows, k] and weight [out, k] of one dtype, not {list(x.shape)} {x.dtype} "
+            f"and {list(weight.shape)} {weight.dtype}"
+        )
+
+
 def num_programs(x: Tensor) -> int:
     """As many as can be resident at once, whatever each needs: one on every multiprocessor."""
     if not x.is_cuda:

@@ -29,8 +29,9 @@ from torch import Tensor
 from galvatron_compile.kernels.base import HAS_TRITON, INTERPRETED, runs_kernels
 from galvatron_compile.kernels.sync import barrier_kernel
 
-# A poll takes about a microsecond on a GPU (half a minute in all) and 20 us in the interpreter.
-_POLLS_GPU, _POLLS_INTERPRETED = 30_000_000, 3_000_000
+# A poll takes perhaps a microsecond on a GPU, so this is minutes: ranks may be apart for as long as
+# one of them compiles. It takes 20 us in the interpreter.
+_POLLS_GPU, _POLLS_INTERPRETED = 300_000_000, 3_000_000
 
 
 @dataclass
@@ -61,6 +62,8 @@ class Symmetric:
 class Peers:
     """``size`` ranks of a process group, of which this process is ``rank``.
 
+    All ranks make the same operations in the same order, one after the other, from one thread.
+
     group: for collectives without kernels. memory: None where there is no symmetric memory.
     """
 
@@ -68,18 +71,42 @@ class Peers:
     size: int
     group: dist.ProcessGroup | None = None
     memory: Symmetric | None = None
+    _begun: bool = field(default=False, init=False, repr=False)
+    _stream: Any = field(default=None, init=False, repr=False)  # of the last operation
 
     def begin(self) -> Symmetric:
-        """Begin an operation: the next epoch. Counted on the device, so a CUDA graph replays it."""
+        """Begin an operation: the next epoch. Counted on the device, so a CUDA graph replays it.
+
+        Raises:
+            RuntimeError: the operation before was not ended, since something raised in it: this
+                rank has counted an epoch that it did not signal.
+        """
         assert self.memory is not None
-        self.memory.state[:1].add_(1)
+        if self._begun:
+            raise RuntimeError("an operation of these peers failed at its launch; make new Peers")
+        self._begun = True
+        state = self.memory.state
+        if state.is_cuda:
+            self._follow(torch.cuda.current_stream(state.device))
+        state[:1].add_(1)
         return self.memory
 
     def end(self) -> None:
         """End an operation. On the CPU a wait that failed is known now; on CUDA call ``check``."""
         assert self.memory is not None
+        self._begun = False
         if not self.memory.state.is_cuda:
             self.check()
+
+    def _follow(self, stream: Any) -> None:
+        """Let ``stream`` wait for the last operation, if that went to another stream.
+
+        A capture and what is not captured cannot wait for each other: there ``torch.cuda.graph``,
+        which synchronises, and the stream that replays must keep the order.
+        """
+        last, self._stream = self._stream, stream
+        if last is not None and last != stream and _captures(last) == _captures(stream):
+            stream.wait_stream(last)
 
     def check(self) -> None:
         """Waits for the device.
@@ -94,8 +121,11 @@ class Peers:
             )
 
     def barrier(self) -> None:
-        """All ranks wait for each other, on the device; the host goes on."""
+        """All ranks wait for each other: on the device, the host goes on, if there are kernels."""
         if self.size == 1:
+            return
+        if self.memory is None:
+            dist.barrier(self.group)
             return
         memory = self.begin()
         first = 2 * self.size * memory.num_slots
@@ -116,6 +146,12 @@ class Peers:
             and num_slots <= memory.num_slots
             and runs_kernels(*tensors)
         )
+
+
+def _captures(stream: Any) -> bool:
+    """Whether a CUDA graph captures what is launched on a stream."""
+    with torch.cuda.stream(stream):
+        return torch.cuda.is_current_stream_capturing()
 
 
 _REGISTERED: dict[str, Peers] = {}  # operators take strings only
@@ -197,7 +233,8 @@ def _cuda_memory(
     torch.cuda.synchronize(device)
     dist.barrier(group)  # no peer signals before all flags are down
     views = [handle.get_buffer(r, whole.shape, whole.dtype) for r in range(handle.world_size)]
-    return _symmetric(views, dist.get_rank(group), flag_bytes, capacity, num_slots, polls, [handle])
+    owners = [handle, whole]
+    return _symmetric(views, dist.get_rank(group), flag_bytes, capacity, num_slots, polls, owners)
 
 
 def _shared_memory(
@@ -257,12 +294,13 @@ def plain_all_gather(x: Tensor, peers: Peers) -> Tensor:
 
 
 def plain_reduce_scatter(x: Tensor, peers: Peers) -> Tensor:
-    """``[n rows, …]`` to this rank's rows of the SUM over ranks, ``[rows, …]``; summed in float32.
+    """``[n rows, …]`` to this rank's rows of the SUM over ranks, ``[rows, …]``.
 
-    An exchange, because gloo reduces whole copies and NCCL in the dtype of ``x``.
+    Floats of 16 bits are summed in float32, others in their dtype. An exchange, because gloo
+    reduces whole copies and NCCL in the dtype of ``x``.
     """
     parts = x.new_empty((peers.size, x.shape[0] // peers.size, *x.shape[1:]))
     if x.numel():
         dist.all_to_all_single(parts.view(-1), x.contiguous().view(-1), group=peers.group)
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = torch.float32 if x.is_floating_point() and x.element_size() < 4 else x.dtype
     return parts.sum(0, dtype=wide).to(x.dtype)

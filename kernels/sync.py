@@ -15,7 +15,10 @@ barrier is missing; the tests look for it in the machine code.
 
 Bounded waits. A peer that has died must give an error, not a hang: after ``limit`` polls ``wait``
 returns False and writes 1 + the peer's rank to ``failed``; from then on no wait of this group polls
-more than once. What depends on a wait that failed is stored as NaN.
+more than once. What depends on a wait that failed is stored as NaN. A rank that waited in vain is
+not *sound* any more: it stores nothing for its peers and signals nothing. If the peer was only late
+it still finds what it waited for, untouched, and then fails too, for want of this rank's signals;
+otherwise this rank would overwrite what the peer still reads.
 
 Bytes: 8 for a signal and 8 for each poll; polls read this rank's own memory.
 """
@@ -26,10 +29,20 @@ from galvatron_compile.kernels.base import tl, triton
 
 
 @triton.jit
-def signal(flag, epoch):  # type: ignore[no-untyped-def]
-    """Set ``flag`` (int64 pointer, here or at a peer) once all this program stored is visible."""
-    tl.debug_barrier()
-    tl.atomic_xchg(flag, epoch, sem="release", scope="sys")
+def is_sound(state):  # type: ignore[no-untyped-def]
+    """Whether no wait of this rank has failed so far; state: see ``peers.Symmetric``."""
+    return tl.load(state + 1, volatile=True) == 0
+
+
+@triton.jit
+def signal(flag, epoch, sound):  # type: ignore[no-untyped-def]
+    """Set ``flag`` (int64 pointer, here or at a peer) once all this program stored is visible.
+
+    sound: what ``is_sound`` said before it stored; if not, the flag stays.
+    """
+    if sound:
+        tl.debug_barrier()
+        tl.atomic_xchg(flag, epoch, sem="release", scope="sys")
 
 
 @triton.jit
@@ -52,20 +65,19 @@ def wait(flag, epoch, source, failed, limit):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def barrier(pads, slot, epoch, rank, n, failed, limit):  # type: ignore[no-untyped-def]
+def barrier(pads, slot, state, rank, n, limit):  # type: ignore[no-untyped-def]
     """All ranks wait for each other; one program of each calls this.
 
     pads: table of the ranks' pads. slot: first of ``n`` flags in each pad; flag ``slot + r`` is
-    set by rank ``r``. Returns whether all came.
+    set by rank ``r``.
     """
+    epoch, sound = tl.load(state), is_sound(state)
     here = flag_of(pads, rank, slot)
     for step in range(1, n):
-        signal(flag_of(pads, (rank + step) % n, slot + rank), epoch)
-    arrived = epoch >= 0
+        signal(flag_of(pads, (rank + step) % n, slot + rank), epoch, sound)
     for step in range(1, n):
         source = (rank + step) % n
-        arrived = wait(here + source, epoch, source, failed, limit) & arrived
-    return arrived
+        wait(here + source, epoch, source, state + 1, limit)
 
 
 @triton.jit
@@ -80,7 +92,8 @@ def buffer_of(buffers, rank, epoch, capacity, like):  # type: ignore[no-untyped-
 
     Two halves of ``capacity`` bytes (a multiple of 16) are used in turn. This is enough, because
     every operation waits for a signal of each peer: if this rank is in epoch e + 2, it has finished
-    e + 1, so every peer had begun e + 1, so no peer still reads or writes what belongs to e.
+    e + 1, so every peer had begun e + 1, so no peer still reads or writes what belongs to e. It
+    needs a rank's operations to run one after the other (``Peers.begin`` sees to it).
     """
     address = tl.load(buffers + rank) + (epoch & 1) * capacity
     # Without the hint nothing is known of the address, and accesses are narrow.
@@ -98,6 +111,15 @@ def copy_flat(source, target, count, BLOCK: tl.constexpr):  # type: ignore[no-un
 
 
 @triton.jit
+def fill_with_nan(target, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """For what cannot be copied, since its source did not signal."""
+    nothing = tl.full((BLOCK,), float("nan"), tl.float32).to(target.dtype.element_ty)
+    offsets = tl.arange(0, BLOCK)
+    for start in range(0, count, BLOCK):
+        tl.store(target + start + offsets, nothing, mask=offsets < count - start)
+
+
+@triton.jit
 def barrier_kernel(pads, state, slot, rank, n, limit):  # type: ignore[no-untyped-def]
     """The barrier as a launch of its own, of one program; see ``Peers.barrier``."""
-    barrier(pads, slot, tl.load(state), rank, n, state + 1, limit)
+    barrier(pads, slot, state, rank, n, limit)
