@@ -35,8 +35,8 @@ WARPS = 4
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """``x`` rotated; laid out as ``x`` where that is dense, of the promoted dtype of all.
 
-    x: ``[b, h, s, d]`` of any strides; cos, sin: ``[b or 1, s, d]`` or ``[b or 1, 1, s, d]``, which
-    get no gradient.
+    x: ``[b, h, s, d]`` of any strides; cos, sin: ``[b or 1, s, d]`` or ``[b or 1, 1, s, d]``.
+    Gradients of cos and sin, where they are wanted, are made in PyTorch.
 
     Raises:
         ValueError: shapes do not fit, or d is odd.
@@ -90,10 +90,11 @@ def rotary_kernel(  # type: ignore[no-untyped-def]
     HEADS: tl.constexpr, POSITIONS: tl.constexpr, HALF: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
     """Tile ``[HEADS, POSITIONS, HALF]`` of both halves; all reads come before all writes."""
-    batch = tl.program_id(2).to(tl.int64)
+    num_tiles = tl.cdiv(num_positions, POSITIONS)  # the other dims of a grid end at 65535
+    batch = (tl.program_id(0) // num_tiles).to(tl.int64)
     heads = (tl.program_id(1).to(tl.int64) * HEADS + tl.arange(0, HEADS))[:, None, None]
-    positions = tl.program_id(0).to(tl.int64) * POSITIONS + tl.arange(0, POSITIONS)
-    positions = positions[None, :, None]
+    tile = (tl.program_id(0) % num_tiles).to(tl.int64)
+    positions = (tile * POSITIONS + tl.arange(0, POSITIONS))[None, :, None]
     pairs = tl.arange(0, HALF)[None, None, :]
     shared = (positions < num_positions) & (pairs < half)
     inside = shared & (heads < num_heads)
@@ -157,13 +158,11 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, y: Tensor, *, transposed: bool)
             scaled = wide * t
             turned = torch.cat((scaled[..., half:], -scaled[..., :half]), -1)
             return y.copy_(wide * c + turned)
-        turned = torch.cat((-wide[..., half:], wide[..., :half]), -1)
-        return y.copy_(wide * c + turned * t)
+        return y.copy_(wide * c + _turned(wide) * t)
     pairs = next_power_of_2(half)
     heads = min(MAX_HEADS, next_power_of_2(h))
     positions = max(1, min(TILE // (heads * pairs), next_power_of_2(s)))
-    grid = (triton.cdiv(s, positions), triton.cdiv(h, heads), b)
-    rotary_kernel[grid](
+    rotary_kernel[triton.cdiv(s, positions) * b, triton.cdiv(h, heads)](
         x, cos, sin, y, h, s, half,
         *x.stride(), *_strides(cos), *_strides(sin), *y.stride(),
         HEADS=heads, POSITIONS=positions, HALF=pairs, TRANSPOSED=transposed, num_warps=WARPS,
@@ -195,12 +194,30 @@ def _tables(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
 def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
     x, cos, sin = inputs
     ctx.x_dtype = x.dtype
-    ctx.save_for_backward(cos, sin)
+    kept = [x] if any(ctx.needs_input_grad[1:]) else []
+    ctx.save_for_backward(cos, sin, *kept)
 
 
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-    dx = torch.ops.galvatron.rotary_backward(dy, *ctx.saved_tensors)
-    return dx.to(ctx.x_dtype), None, None
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    cos, sin, *kept = ctx.saved_tensors
+    wanted = ctx.needs_input_grad
+    dx = None
+    if wanted[0]:
+        dx = torch.ops.galvatron.rotary_backward(dy, cos, sin).to(ctx.x_dtype)
+    dcos = _of_table(dy, kept[0], cos) if wanted[1] else None
+    dsin = _of_table(dy, _turned(kept[0]), sin) if wanted[2] else None
+    return dx, dcos, dsin
+
+
+def _of_table(dy: Tensor, factor: Tensor, table: Tensor) -> Tensor:
+    """The gradient of a table that ``factor`` is multiplied with, over heads and batches."""
+    found = (exact(dy) * exact(factor)).sum(1)
+    return found.sum_to_size(table.shape).to(table.dtype)
+
+
+def _turned(x: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    return torch.cat((-x[..., half:], x[..., :half]), -1)
 
 
 _rotary.register_autograd(_backward, setup_context=_save)

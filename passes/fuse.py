@@ -18,8 +18,16 @@ from galvatron_compile import collectives
 from galvatron_compile.cluster import ClusterProfile
 from galvatron_compile.fusions import Fusion, Fusions
 from galvatron_compile.graph import copy_annotated
-from galvatron_compile.passes.fuse_overlap import WHY_NOT, near_miss, overlapping
-from galvatron_compile.passes.fuse_patterns import Match, Node, read_outside, streaming, val
+from galvatron_compile.passes.fuse_match import (
+    Match,
+    Node,
+    is_op,
+    read_outside,
+    reads_itself,
+    val,
+)
+from galvatron_compile.passes.fuse_overlap import near_miss, overlapping
+from galvatron_compile.passes.fuse_patterns import streaming
 from galvatron_compile.passes.fuse_prices import Prices
 from galvatron_compile.program import StageGraph, StageProgram
 
@@ -37,17 +45,16 @@ def fuse(
     if wish == "never":
         return program, Fusions()
     prices = Prices.of(program, cluster, wish)
-    made: dict[int, fx.GraphModule] = {}
+    made: dict[int, tuple[fx.GraphModule, tuple[Fusion, ...]]] = {}
     found: dict[int, tuple[list[str], tuple[Fusion, ...]]] = {}
 
     def fused(module: fx.GraphModule, name: str | None) -> fx.GraphModule:
         if id(module) not in made:
-            made[id(module)], fusions = fuse_graph(module, prices)
-            if name is not None:
-                found[id(module)] = [], fusions
+            made[id(module)] = fuse_graph(module, prices)
+        graph, fusions = made[id(module)]
         if name is not None:
-            found[id(module)][0].append(name)
-        return made[id(module)]
+            found.setdefault(id(module), ([], fusions))[0].append(name)
+        return graph
 
     names = list(program.plan.layers)
     stages = tuple(_stage(stage, fused, names) for stage in program.stages)
@@ -100,15 +107,19 @@ def _found(graph: fx.Graph) -> Iterator[tuple[Match, str]]:
     for node in reversed(graph.nodes):
         if node in taken:
             continue
-        match = streaming(node) or overlapping(node)
-        if match is not None and not taken & set(match.covers):
-            if outside := read_outside(match):
-                found.append((match, f"{outside} is read elsewhere too"))
-                continue
-            taken |= set(match.covers)
-            found.append((match, ""))
+        free = [
+            match
+            for match in (*streaming(node), *overlapping(node))
+            if taken.isdisjoint(match.covers) and not reads_itself(match)
+        ]
+        whole = next((match for match in free if not read_outside(match)), None)
+        if whole is not None:
+            taken |= set(whole.covers)
+            found.append((whole, ""))
+        elif free:
+            found.append((free[-1], f"{read_outside(free[-1])} is read elsewhere too"))
         elif (missed := near_miss(node)) is not None:
-            found.append((missed, WHY_NOT[missed.name]))
+            found.append(missed)
     yield from reversed(found)
 
 
@@ -136,9 +147,27 @@ def _replace(graph: fx.Graph, match: Match, became: Mapping[Node, Node]) -> dict
             result.meta = _meta(node, val(node))
     for result, node in zip(results, match.outputs, strict=True):
         node.replace_all_uses_with(result, delete_user_cb=lambda user: user not in match.covers)
+        if match.several and len(results) > 1:
+            _reshape_views(result)
     for node in reversed(match.covers):
         graph.erase_node(node)
     return dict(zip(match.outputs, results, strict=True))
+
+
+# What may still look at the memory of a value, which is a part of a wider matrix now.
+_LOOKS = (
+    "view", "transpose", "permute", "t", "unsqueeze", "squeeze", "slice", "select", "unflatten",
+    "chunk", "split", "split_with_sizes", "unbind",
+)  # fmt: skip
+
+
+def _reshape_views(node: Node) -> None:
+    """Views that need whole rows one behind the other copy where these are not."""
+    for user in node.users:
+        if is_op(user, *_LOOKS) or user.target is operator.getitem:
+            _reshape_views(user)
+            if is_op(user, "view"):
+                user.target = torch.ops.aten.reshape.default
 
 
 def _now(args: tuple[Any, ...], became: Mapping[Node, Node]) -> tuple[Any, ...]:

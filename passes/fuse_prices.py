@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from galvatron_compile import collectives
 from galvatron_compile.cluster import ClusterProfile
 from galvatron_compile.errors import GalvatronError
 from galvatron_compile.kernels.base import HAS_TRITON, KERNEL_DTYPES
 from galvatron_compile.mesh import Axis
-from galvatron_compile.passes.fuse_patterns import Match, Node, inputs, val
+from galvatron_compile.passes.fuse_match import Match, Node, inputs, is_call, is_op, val
 from galvatron_compile.program import StageProgram
 from galvatron_compile.torch_private import size_expression
 
@@ -74,10 +75,13 @@ class Prices:
         return self.cluster is not None and self.cluster.tier(axis.ranks) != "node"
 
     def _stream_ms(self, match: Match) -> tuple[float, float]:
-        """Every operator reads its inputs and writes its output, against doing so once."""
+        """Every operator reads its inputs and writes its output, against doing so once. What a sum
+        over ranks costs it costs either way."""
         assert self.cluster is not None
         apart_ms = 0.0
         for node in match.covers:
+            if _moves_nothing(node) or is_call(node, collectives.all_reduce):
+                continue
             moved = sum(self.num_bytes(x) for x in [node, *node.all_input_nodes])
             apart_ms += self.cluster.memory_ms(moved)
         moved = sum(self.num_bytes(x) for x in [*inputs(match), *match.outputs])
@@ -120,6 +124,11 @@ class Prices:
         if isinstance(expression, int):
             return expression
         return int(expression.subs(dict.fromkeys(expression.free_symbols, self.local_batch)))
+
+
+def _moves_nothing(node: Node) -> bool:
+    looks = is_op(node, "slice", "view", "reshape")
+    return looks or is_call(node, collectives.all_reduce_gradient)
 
 
 def _axis(argument: Any) -> Axis | None:

@@ -70,6 +70,10 @@ def test_gradcheck() -> None:
     x = _input((2, 3, 4, 6), torch.float64, make, "transposed").detach().requires_grad_()
     cos, sin = _tables((2, 4, 6), torch.float64, make)
     assert torch.autograd.gradcheck(lambda x: rotary(x, cos, sin), x)
+    given = [x, *(table.requires_grad_() for table in (cos, sin))]
+    assert torch.autograd.gradcheck(rotary, given)
+    given[1:] = (table[:1].detach().requires_grad_() for table in (cos, sin))
+    assert torch.autograd.gradcheck(rotary, given)  # of all batches
 
 
 def test_opcheck() -> None:
