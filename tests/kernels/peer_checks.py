@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
+from galvatron_compile.kernels import all_gather_matmul, all_reduce_kernels, matmul_reduce_scatter
 from galvatron_compile.kernels.peers import Peers, make_peers, register
 
 NAME = "test"
@@ -45,6 +50,57 @@ def poisoned(capacity_bytes: int = 1 << 16, num_slots: int = 64) -> Iterator[Pee
         yield peers
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def come_late(peers: Peers, seed: int) -> None:
+    """One rank after the other: who does not wait reads what is not there yet."""
+    time.sleep(0.02 * ((peers.rank + seed) % peers.size))
+
+
+@contextmanager
+def slow_reader(seconds: float = 0.02) -> Iterator[None]:
+    """Inside, this rank reads only a while after what it waited for has come: its peers must not
+    overwrite that in the meantime."""
+
+    def slow(wait: Any) -> Any:
+        def waited(*args: Any) -> Any:
+            arrived = wait(*args)
+            time.sleep(seconds)
+            return arrived
+
+        return waited
+
+    modules = (all_gather_matmul, all_reduce_kernels, matmul_reduce_scatter)
+    patches = [mock.patch.object(module, "wait", slow(module.wait)) for module in modules]
+    for patch in patches:
+        patch.start()
+    try:
+        yield
+    finally:
+        for patch in patches:
+            patch.stop()
+
+
+def as_fake(operator: Any, args: tuple[Any, ...], real: tuple[Tensor, ...]) -> None:
+    """Assert that the operator promises to compilers what it returned."""
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(x) if isinstance(x, Tensor) else x for x in args]
+        made = operator(*fakes)
+    made = (made,) if isinstance(made, Tensor) else made
+    for fake, one in zip(made, real, strict=True):
+        assert (fake.shape, fake.stride(), fake.dtype) == (one.shape, one.stride(), one.dtype)
+
+
+def check_synchronisation(made: Any) -> None:
+    """In machine code: releases and acquires at system scope; between the stores of all threads and
+    the release of one there is a barrier; nothing is read through a cache that is not coherent."""
+    lines = made.ptx.splitlines()
+    releases = [at for at, line in enumerate(lines) if "atom" in line and "sys.release" in line]
+    assert releases and any("sys.acquire" in line for line in lines)
+    for at in releases:
+        before = [x for x in lines[:at] if "bar.sync" in x or "st.global" in x]
+        assert before and "bar.sync" in before[-1], "stores are not ordered before the release"
+    assert "ld.global.nc" not in made.ptx and made.count(r"LDG\S*CONSTANT") == 0
 
 
 def epochs_of(peers: Peers, run: Callable[[], object]) -> int:

@@ -1,19 +1,31 @@
-"""One-shot and two-shot all-reduce, and the end of a sum with residual and norm, in real processes
-against float64."""
+"""All-reduce, reduce-scatter, all-gather in real processes against float64."""
 
 from __future__ import annotations
 
 import random
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
-from peer_checks import EPS, NAME, epochs_of, near, of_all_ranks, poisoned
+import torch.distributed as dist
+from peer_checks import (
+    EPS,
+    NAME,
+    as_fake,
+    check_synchronisation,
+    come_late,
+    epochs_of,
+    near,
+    of_all_ranks,
+    poisoned,
+    slow_reader,
+)
 
 from galvatron_compile.kernels import all_reduce as tested
-from galvatron_compile.kernels import sum_norm
 from galvatron_compile.kernels.ahead import compile_ahead
+from galvatron_compile.kernels.peers import make_peers, register
 
 OPERATORS = ("all_reduce", "reduce_scatter", "all_gather")
 
@@ -38,9 +50,13 @@ def check(
         dys = of_all_ranks(seed + 1, tuple(wanted[rank].shape), dtype)
         found: list[torch.Tensor] = []
 
+        operator = getattr(tested, f"{name}_peers")
+        come_late(peers, seed)
+
         def run() -> None:
-            y = getattr(tested, f"{name}_peers")(x, n, NAME)
+            y = operator(x, n, NAME)
             found.extend((y.detach(), *torch.autograd.grad(y, x, dys[rank])))
+            as_fake(operator, (x, n, NAME), (y,))
 
         assert not kernels or epochs_of(peers, run) == 2
         if not kernels:
@@ -75,17 +91,25 @@ def test_collectives_equal_the_float64_reference(ranks: Any, seed: int, dtype: t
 
 
 def many(seed: int, times: int, two_shot: bool) -> None:
-    """One after the other without a barrier, with ranks that are late now and then."""
+    """One after the other without a barrier, with ranks that are late now and then, or slow."""
     with poisoned(capacity_bytes=1 << 16) as peers, pytest.MonkeyPatch.context() as patch:
         patch.setattr(tested, "ONE_SHOT_BYTES", 0 if two_shot else 1 << 30)
         late = random.Random(seed + peers.rank)
+
+        def once(turn: int) -> None:
+            x = torch.full((9,), float(turn + peers.rank))
+            y = tested.all_reduce_peers(x, peers.size, NAME)
+            wanted = peers.size * turn + sum(range(peers.size))
+            assert y.tolist() == [wanted] * 9, (turn, y)
+
         for turn in range(times):
             if late.random() < 0.05:
                 time.sleep(0.003)
-            x = torch.full((8,), float(turn + peers.rank))
-            y = tested.all_reduce_peers(x, peers.size, NAME)
-            wanted = peers.size * turn + sum(range(peers.size))
-            assert y.tolist() == [wanted] * 8, (turn, y)
+            once(turn)
+        for slow in range(peers.size):
+            with slow_reader() if slow == peers.rank else nullcontext():
+                for turn in range(3):
+                    once(turn)
 
 
 @pytest.mark.parametrize(("size", "times"), [(2, 300), (4, 60)])
@@ -96,75 +120,86 @@ def test_hundreds_in_a_row_are_right(
     interpreted(size).run(many, seed, times, two_shot)
 
 
-def check_norm(
-    seed: int, shape: tuple[int, ...], dtype: torch.dtype, programs: int, kernels: bool
-) -> None:
-    with poisoned(num_slots=16) as peers, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sum_norm, "num_programs", lambda _: programs)
-        eps, features = 1e-3, shape[-1]
-        partials = of_all_ranks(seed, shape, dtype)
-        residual, weight = (of_all_ranks(seed + 1 + k, s, dtype)[0] for k, s in
-                            enumerate((shape, (features,))))
-        inputs = [partials[peers.rank].clone(), residual.clone(), weight.clone()]
-        for x in inputs:
-            x.requires_grad_()
-        found: list[tuple[torch.Tensor, torch.Tensor]] = []
+def whole_numbers() -> None:
+    """Kernels add in float32, which is not enough for them."""
+    with poisoned() as peers:
+        n, rank = peers.size, peers.rank
+        x = torch.tensor([[2**40 + rank], [3 * rank]] * n)
 
         def run() -> None:
-            found.append(sum_norm.all_reduce_add_rms_norm(*inputs, eps, peers.size, NAME))
+            assert tested.all_reduce_peers(x, n, NAME)[:2].tolist() == [
+                [n * 2**40 + sum(range(n))], [3 * sum(range(n))]
+            ]  # fmt: skip
+            assert tested.reduce_scatter_peers(x, n, NAME).tolist() == [
+                [n * 2**40 + sum(range(n))], [3 * sum(range(n))]
+            ]  # fmt: skip
+            gathered = tested.all_gather_peers(x[:1], n, NAME)
+            assert gathered.tolist() == [[2**40 + r] for r in range(n)]
 
-        assert not kernels or epochs_of(peers, run) == 1
-        if not kernels:
-            run()
-        y, total = found[0]
-        wide = [x.detach().double().requires_grad_() for x in (*partials, residual, weight)]
-        wanted_y, wanted_total = sum_norm.sum_norm_reference(wide[:-2], *wide[-2:], eps)
-        near(y.detach(), wanted_y, 16)
-        near(total.detach(), wanted_total, 2 * peers.size)
-        dy, dtotal = (of_all_ranks(seed + 7 + k, shape, dtype)[0] for k in range(2))
-        got = torch.autograd.grad((y, total), inputs, (dy, dtotal))
-        wanted = torch.autograd.grad(
-            (wanted_y, wanted_total), [wide[0], *wide[-2:]], (dy.double(), dtotal.double())
-        )
-        rows = total.numel() // features
-        for one, other, length in zip(got, wanted, (64, 64, 16 * rows), strict=True):
-            near(one, other, length)
-        (alone,) = torch.autograd.grad(
-            sum_norm.all_reduce_add_rms_norm(*inputs, eps, peers.size, NAME)[1], inputs[1], dtotal
-        )
-        assert torch.equal(alone, dtotal)
+        assert epochs_of(peers, run) == 0
 
 
-@pytest.mark.parametrize(
-    ("size", "shape", "dtype", "programs"),
-    [(2, (3, 5, 40), torch.float32, 16), (2, (33, 7), torch.bfloat16, 4),
-     (4, (6, 64), torch.float16, 16), (4, (1, 1), torch.float32, 16)],
-)  # fmt: skip
-def test_sum_and_norm_equal_the_float64_reference(
-    interpreted: Any, seed: int, size: int, shape: tuple[int, ...], dtype: torch.dtype,
-    programs: int,
-) -> None:  # fmt: skip
-    interpreted(size).run(check_norm, seed, shape, dtype, programs, True)
+def test_whole_numbers_are_exact(interpreted: Any) -> None:
+    interpreted(2).run(whole_numbers)
 
 
-def test_sum_and_norm_by_collectives(ranks: Any, seed: int) -> None:
-    ranks(2).run(check_norm, seed, (4, 9), torch.float32, 16, False)
+def at_the_edges() -> None:
+    """Nothing at all; as much as the memory takes; more."""
+    with poisoned(capacity_bytes=4096) as peers:
+        n, rank = peers.size, peers.rank
+        for columns, epochs in ((0, 0), (1024 // n, 3), (1024 // n + 1, 1)):
+            x = torch.full((n, columns), float(rank))
+            found: list[torch.Tensor] = []
+
+            def run(x: torch.Tensor = x, found: list[torch.Tensor] = found) -> None:
+                for name in OPERATORS:
+                    given = x[:1] if name == "all_gather" else x
+                    found.append(getattr(tested, f"{name}_peers")(given, n, NAME))
+
+            assert epochs_of(peers, run) == epochs  # a gather gives one row only
+            total = torch.full_like(x, sum(range(n)))
+            gathered = torch.arange(n).float()[:, None].expand(n, columns)
+            for one, other in zip(found, (total, total[:1], gathered), strict=True):
+                assert torch.equal(one, other)
+
+
+def test_empty_tensors_and_those_that_do_not_fit(interpreted: Any) -> None:
+    interpreted(2).run(at_the_edges)
+
+
+def in_part_of_the_world() -> float:
+    """Ranks of a group are numbered in the group."""
+    world = dist.get_rank()
+    groups = [dist.new_group(pair) for pair in ([0, 2], [1, 3])]
+    peers = register(NAME, make_peers(groups[world % 2], capacity_bytes=4096, num_slots=4))
+    come_late(peers, world)
+    return float(tested.all_reduce_peers(torch.tensor([10.0**world]), 2, NAME))
+
+
+def test_groups_that_are_not_the_world(interpreted: Any) -> None:
+    assert interpreted(4).run(in_part_of_the_world) == [101.0, 1010.0] * 2
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_alone(name: str) -> None:
+    x = torch.randn(4, 3).t()
+    y = getattr(tested, f"{name}_peers")(x, 1, "nobody")
+    assert torch.equal(y, x) and y.is_contiguous() and y.data_ptr() != x.data_ptr()
+
+
+def test_bytes_over_the_link() -> None:
+    one = tested.ONE_SHOT_BYTES // 4
+    assert tested.link_bytes(one, 8, 4) == 7 * 4 * one
+    assert tested.link_bytes(one + 1, 8, 4) == 2 * 7 * 4 * (one + 1) // 8
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize(
-    "place", range(len([*tested.ahead(), *sum_norm.ahead()]))
-)
+@pytest.mark.parametrize("place", range(4))
 def test_machine_code(place: int, capability: int) -> None:
-    kernel, arguments, num_warps = [*tested.ahead(), *sum_norm.ahead()][place]
+    kernel, arguments, num_warps = tested.ahead()[place]
     made = compile_ahead(kernel, arguments, capability=capability, num_warps=num_warps)
     assert made.spilled_bytes == 0
     # What is narrow are tables of addresses, the epoch, the error flag.
-    assert made.num_wide_loads >= 2 and made.num_wide_stores >= 2
-    lines = made.ptx.splitlines()
-    releases = [at for at, line in enumerate(lines) if "atom" in line and "sys.release" in line]
-    assert releases
-    for at in releases:
-        before = [x for x in lines[:at] if "bar.sync" in x or "st.global" in x]
-        assert before and "bar.sync" in before[-1], "stores are not ordered before the release"
-    assert any("sys.acquire" in line for line in lines)
+    assert made.num_wide_loads >= 2
+    assert made.num_wide_stores == made.count(r"\bSTG\S*") >= 2
+    check_synchronisation(made)
