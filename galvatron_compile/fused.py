@@ -26,6 +26,7 @@ __all__ = [
     "add_rms_norm",
     "all_reduce_add_rms_norm",
     "cross_entropy",
+    "cross_entropy_over",
     "gather_linear",
     "layer_norm",
     "linear_reduce_scatter",
@@ -46,8 +47,21 @@ def cross_entropy(logits: Tensor, target: Tensor, ignore_index: int, axis: Axis 
     Args:
         logits: (N, C), or (N, C / n) sharded over the classes along ``axis``, S(1).
         target: (N,) class indices in [0, C) or ``ignore_index``, R.
+
+    Raises:
+        IndexError: on the CPU, a target that is no class; on a GPU the loss is NaN instead.
     """
     sum_of_rows: Tensor = _CrossEntropy.apply(logits, target, ignore_index, axis)
+    return sum_of_rows
+
+
+def cross_entropy_over(
+    logits: Tensor, target: Tensor, ignore_index: int, axis: Axis | None
+) -> Tensor:
+    """:func:`cross_entropy` whose backward writes the gradient over the logits, which spares as
+    much memory again. For logits that nothing else reads, neither the backward of what made them.
+    """
+    sum_of_rows: Tensor = _CrossEntropyOver.apply(logits, target, ignore_index, axis)
     return sum_of_rows
 
 
@@ -58,7 +72,10 @@ class _CrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         ctx.first = 0 if axis is None else axis.index * logits.shape[1]
         ctx.ignore_index = ignore_index
-        statistics = OPS.cross_entropy_statistics(logits, target, ctx.first, ignore_index)[None]
+        num_classes = logits.shape[1] * (1 if axis is None else axis.size)
+        statistics = OPS.cross_entropy_statistics(
+            logits, target, ctx.first, ignore_index, num_classes
+        )[None]
         if axis is not None and axis.size > 1:
             statistics = transport.all_gather(statistics, 0, 1, axis)
         merged = OPS.cross_entropy_merge(statistics)
@@ -75,6 +92,16 @@ class _CrossEntropy(torch.autograd.Function):
             logits, target, log_sum, gradient, ctx.first, ctx.ignore_index
         )
         return found, None, None, None
+
+
+class _CrossEntropyOver(_CrossEntropy):
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        logits, target, log_sum = ctx.saved_tensors
+        over = logits.detach()
+        OPS.cross_entropy_gradient_(over, target, log_sum, gradient, ctx.first, ctx.ignore_index)
+        return over, None, None, None
 
 
 def all_reduce_add_rms_norm(
@@ -111,8 +138,7 @@ class _AllReduceAddNorm(torch.autograd.Function):
         gradient, of_weight = of_total, None
         if of_y is not None:
             scale = OPS.rms_norm(total, weight, ctx.eps)[1]  # cheaper to make again than to keep
-            gradient, of_weight = OPS.rms_norm_backward(of_y, total, weight, scale)
-            gradient = gradient if of_total is None else gradient + of_total
+            gradient, of_weight = OPS.rms_norm_backward(of_y, total, weight, scale, of_total)
         return gradient, gradient, of_weight, None, None
 
 

@@ -28,7 +28,7 @@ class Fusion:
         span = first if first == last else f"{first} … {last}"
         saved = "" if self.saves_ms is None else f", saves {self.saves_ms:.3f} ms"
         verdict = f"replaced{saved}" if self.taken else f"declined: {self.why_not}"
-        return f"{self.name:28} {span:44} {verdict}"
+        return f"{self.name:34} {span:44} {verdict}"
 
 
 @dataclass(frozen=True)

@@ -3,17 +3,14 @@
 A bucket is ``[parts, shard]``. Tensor k, flat, is cut into ``parts`` chunks of ``chunks[k]``
 elements; chunk p lies in ``[p, offsets[k] : offsets[k] + chunks[k]]``. For N elements of e bytes
 here and b in the bucket, ``pack`` and ``unpack`` move ``N (e + b)`` bytes, one multiplication each
-at most; ``sum_parts`` of n parts of k elements moves ``(n e + b) k``. Memory bounds all three.
+at most; ``sum_parts`` of n parts of k elements moves ``(n e + b) k``. Memory bounds all three. How
+programs share the work is told in bucket_kernels.py.
 
 One launch serves all tensors of a dtype: a table on the device holds address, size and place of
 each. It goes there from pinned memory, so the host waits for nothing, and is kept for as long as
 the same tensors come again. Gradients do come again where the allocator hands out the same
 addresses each step; where not, it costs one more copy of 40 bytes a tensor. (One launch a tensor
 would need no table, but a launch takes about as long as to move 10 MB.)
-
-Grid: (blocks of all chunks, parts). A program finds its tensor by counting the tensors that begin
-at or before its block. Blocks inside a chunk move 16 bytes a lane where both sides begin at a
-multiple of 16 bytes; the others are masked.
 """
 
 from __future__ import annotations
@@ -30,9 +27,9 @@ from galvatron_compile.kernels.base import (
     exact,
     next_power_of_2,
     runs_kernels,
-    tl,
     triton,
 )
+from galvatron_compile.kernels.bucket_kernels import copy_kernel, sum_kernel
 
 BLOCK = 8192 if INTERPRETED else 4096
 SUM_BLOCK = 8192 if INTERPRETED else 2048
@@ -132,61 +129,6 @@ def ahead() -> list[tuple[Any, dict[str, Any], int]]:
     sums = {"parts": "*bf16", "out": "*fp32", "num_parts": "i32", "k": "i32:16"}
     cases.append((sum_kernel, sums | {"stride": "i32:16", "BLOCK": 2048}, WARPS))
     return cases
-
-
-@triton.jit
-def copy_kernel(  # type: ignore[no-untyped-def]
-    tensor, bucket, table, shard, scale,
-    TENSORS: tl.constexpr, TO_BUCKET: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One block of one chunk. ``tensor`` only tells the dtype; table: ``[5, TENSORS]``."""
-    program = tl.program_id(0)
-    part = tl.program_id(1).to(tl.int64)
-    firsts = tl.load(table + tl.arange(0, TENSORS))
-    k = tl.sum((firsts <= program).to(tl.int32), 0) - 1
-    start = (program - tl.load(table + k)) * BLOCK
-    address = tl.load(table + TENSORS + k)
-    numel = tl.load(table + 2 * TENSORS + k)
-    offset = tl.load(table + 3 * TENSORS + k)
-    chunk = tl.load(table + 4 * TENSORS + k)
-    element = part * chunk + start  # of the tensor
-    place = part * shard + offset + start  # in the bucket
-    size: tl.constexpr = tensor.dtype.element_ty.primitive_bitwidth // 8
-    bucket_size: tl.constexpr = bucket.dtype.element_ty.primitive_bitwidth // 8
-    address += element * size
-    lanes = tl.arange(0, BLOCK)
-    whole = (start + BLOCK <= chunk) & (element + BLOCK <= numel)
-    if whole & (address % 16 == 0) & (place * bucket_size % 16 == 0):
-        # The hint on the pointer too, or it is lost where an integer becomes one.
-        here = tl.multiple_of(tl.multiple_of(address, 16).to(tensor.dtype), 16) + lanes
-        there = bucket + tl.multiple_of(place, 16 // bucket_size) + lanes
-        if TO_BUCKET:
-            values = tl.load(here).to(tl.float32) * scale
-            tl.store(there, values.to(bucket.dtype.element_ty))
-        else:
-            values = tl.load(there).to(tl.float32)
-            tl.store(here, values.to(tensor.dtype.element_ty))
-    else:
-        here, there = address.to(tensor.dtype) + lanes, bucket + place + lanes
-        in_chunk = start + lanes < chunk
-        in_both = in_chunk & (element + lanes < numel)
-        if TO_BUCKET:
-            values = tl.load(here, mask=in_both, other=0.0).to(tl.float32) * scale
-            tl.store(there, values.to(bucket.dtype.element_ty), mask=in_chunk)
-        else:
-            values = tl.load(there, mask=in_both).to(tl.float32)
-            tl.store(here, values.to(tensor.dtype.element_ty), mask=in_both)
-
-
-@triton.jit
-def sum_kernel(parts, out, num_parts, k, stride, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < k
-    total = tl.zeros([BLOCK], tl.float32)
-    for _ in range(0, num_parts):
-        total += tl.load(parts + place, mask=inside, other=0.0).to(tl.float32)
-        parts += stride
-    tl.store(out + place, total.to(out.dtype.element_ty), mask=inside)
 
 
 @torch.library.custom_op("galvatron::bucket_pack_", mutates_args=("out",))

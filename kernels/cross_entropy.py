@@ -9,14 +9,12 @@ A shard holds the columns ``[first, first + v)`` of the logits. In three steps::
 For R rows of v logits of e bytes the statistics read ``Rve`` bytes and do about 5 flops an element;
 the gradient reads and writes ``2Rve`` and does 4. Memory bounds both.
 
-A program of the statistics owns a row and walks along it. Each lane keeps a maximum and a sum of
-its own, which are put together at the end of the row: nothing crosses lanes in the loop, and a lane
-rescales its sum once for 16 bytes. Programs of the gradient own one block of one row. Rows of an
-odd stride begin anywhere, so blocks are counted from the 16-byte boundary before a row: all but the
-first and the last block of a row move 16 bytes a lane at any width.
+How programs share the work is told in cross_entropy_kernels.py.
 
-Targets that are neither ignored nor a column of any shard are the caller's mistake; they count as
-a target whose logit is 0, and nothing tells.
+A target that is neither ignored nor a class is the caller's mistake. On the CPU the statistics
+refuse it, as PyTorch's loss does. On a GPU, where PyTorch's fails on the device and ends the
+process, the host does not wait to see: the sum of that row is NaN, and so are the loss of all rows
+and the gradient of that row.
 """
 
 from __future__ import annotations
@@ -26,7 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from galvatron_compile.kernels.base import as_rows, exact, runs_kernels, tl, triton
+from galvatron_compile.kernels.base import as_rows, exact, runs_kernels, triton
+from galvatron_compile.kernels.cross_entropy_kernels import gradient_kernel, statistics_kernel
 
 LANES = 1024  # groups of 16 bytes that a program reads at once
 BLOCK = 4096  # elements of one program of the gradient
@@ -40,6 +39,7 @@ def cross_entropy_sum(logits: Tensor, target: Tensor, ignore_index: int = -100) 
 
     Raises:
         ValueError: target is not of the shape of logits without the last dim.
+        IndexError: on the CPU, a target that is no class.
     """
     if target.shape != logits.shape[:-1]:
         raise ValueError(
@@ -82,7 +82,7 @@ def ahead() -> list[tuple[Any, dict[str, Any], int]]:
     given: dict[str, Any] = {
         "logits": "*bf16", "target": "*i64", "log_sum": "*fp32", "scale": "*fp32",
         "stats": "*fp32", "out": "*bf16", "first": "i32:16", "ignore_index": "i32",
-        "log_stride": "i32", "scale_stride": "i32", "num_blocks": "i32",
+        "log_stride": "i32", "scale_stride": "i32", "num_blocks": "i32", "num_classes": "i32",
         "LANES": LANES, "GROUP": 8, "BLOCK": BLOCK, "SAME": True,
     }  # fmt: skip
     cases: list[tuple[Any, dict[str, Any], int]] = []
@@ -94,129 +94,34 @@ def ahead() -> list[tuple[Any, dict[str, Any], int]]:
     return cases
 
 
-@triton.jit
-def _accumulate(row, place, begin, end, largest, total, MASKED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Each lane's maximum and sum with one block more; ``row + place`` are the elements."""
-    if MASKED:
-        inside = (place >= begin) & (place < end)
-        values = tl.where(inside, tl.load(row + place, mask=inside).to(tl.float32), float("-inf"))
-    else:
-        values = tl.load(row + place).to(tl.float32)
-    larger = tl.maximum(largest, tl.max(values, 1))
-    total = total * tl.exp(largest - larger) + tl.sum(tl.exp(values - larger[:, None]), 1)
-    return larger, total
-
-
-@triton.jit
-def statistics_kernel(  # type: ignore[no-untyped-def]
-    logits, target, stats, v, stride, first, ignore_index,
-    LANES: tl.constexpr, GROUP: tl.constexpr, ALIGNED: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    base = row * stride
-    begin = 0  # of the row's elements, counted from the boundary before it; they end at ``end``
-    if not ALIGNED:
-        begin = (base % GROUP).to(tl.int32)
-        base = base // GROUP * GROUP
-    end = begin + v
-    size: tl.constexpr = LANES * GROUP
-    place = tl.arange(0, LANES)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    # A finite floor, so that no difference is infinity minus infinity.
-    largest = tl.full([LANES], -3.4028234663852886e38, tl.float32)
-    total = tl.zeros([LANES], tl.float32)
-    start = 0
-    if not ALIGNED:
-        largest, total = _accumulate(logits + base, place, begin, end, largest, total, True)
-        start = size
-    full = end // size * size
-    for block in range(start, full, size):
-        largest, total = _accumulate(logits + base, block + place, 0, 0, largest, total, False)
-    tail = tl.maximum(full, start)
-    if tail < end:
-        largest, total = _accumulate(logits + base, tail + place, 0, end, largest, total, True)
-    row_max = tl.max(largest, 0)
-    row_sum = tl.sum(total * tl.exp(largest - row_max), 0)
-    label = tl.load(target + row)
-    column = label - first
-    here = (column >= 0) & (column < v) & (label != ignore_index)
-    picked = tl.load(logits + row * stride + column, mask=here, other=0.0).to(tl.float32)
-    tl.store(stats + row * 3, row_max)
-    tl.store(stats + row * 3 + 1, row_sum)
-    tl.store(stats + row * 3 + 2, picked)
-
-
-@triton.jit
-def _write(  # type: ignore[no-untyped-def]
-    source, result, place, begin, end, out_begin, column, log_sum, scale, kept,
-    MASKED: tl.constexpr,
-):  # fmt: skip
-    """``place`` counts from the boundary before the row, ``place - out_begin`` in the result."""
-    inside = (place >= begin) & (place < end)
-    if MASKED:
-        values = tl.load(source + place, mask=inside).to(tl.float32)
-    else:
-        values = tl.load(source + place).to(tl.float32)
-    values = tl.exp(values - log_sum) - tl.where(place - begin == column, 1.0, 0.0)
-    values = tl.where(kept, values * scale, 0.0).to(result.dtype.element_ty)
-    if MASKED:
-        tl.store(result + (place - out_begin), values, mask=inside)
-    else:
-        tl.store(result + (place - out_begin), values)
-
-
-@triton.jit
-def gradient_kernel(  # type: ignore[no-untyped-def]
-    logits, target, log_sum, scale, out,
-    v, stride, out_stride, log_stride, scale_stride, first, ignore_index, num_blocks,
-    GROUP: tl.constexpr, ALIGNED: tl.constexpr, SAME: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """SAME: rows of ``out`` lie as those of ``logits`` do, with the same boundaries."""
-    program = tl.program_id(0)
-    row = (program // num_blocks).to(tl.int64)
-    block = program % num_blocks
-    base, begin = row * stride, 0
-    if not ALIGNED:
-        begin = (base % GROUP).to(tl.int32)
-        base = base // GROUP * GROUP
-    end = begin + v
-    result, out_begin = out + base, 0
-    if not SAME:
-        result, out_begin = out + row * out_stride, begin
-    label = tl.load(target + row)
-    column, kept = label - first, label != ignore_index
-    row_log_sum = tl.load(log_sum + row * log_stride).to(tl.float32)
-    row_scale = tl.load(scale + row * scale_stride).to(tl.float32)
-    start = block * BLOCK
-    place = start + tl.arange(0, BLOCK)
-    source = logits + base
-    if (start >= begin) & (start + BLOCK <= end):
-        _write(source, result, place, begin, end, out_begin, column, row_log_sum, row_scale, kept,
-               False)  # fmt: skip
-    else:
-        _write(source, result, place, begin, end, out_begin, column, row_log_sum, row_scale, kept,
-               True)  # fmt: skip
-
-
 @torch.library.custom_op("galvatron::cross_entropy_statistics", mutates_args=())
 def cross_entropy_statistics(
-    logits: Tensor, target: Tensor, first: int, ignore_index: int
+    logits: Tensor, target: Tensor, first: int, ignore_index: int, num_classes: int | None = None
 ) -> Tensor:
     """``[rows, 3]`` of a shard: max (the lowest finite number at least), sum of exp(l - max), and
-    the logit of the target where it lies in the shard and is not ignored, else 0."""
+    the logit of the target where it lies in the shard and is not ignored, else 0.
+
+    num_classes: of all shards; None: this one is the last. The sum is NaN for a target that is
+    none of them, or, on the CPU, an IndexError says so.
+    """
     stats = _empty_statistics(logits, target, first, ignore_index)
+    classes = first + logits.shape[1] if num_classes is None else num_classes
     if not logits.numel() or not runs_kernels(logits):
-        return stats.copy_(_plain_statistics(exact(logits), target, first, ignore_index))
+        unknown = _unknown(target, classes, ignore_index)
+        return stats.copy_(_plain_statistics(exact(logits), target, first, ignore_index, unknown))
     rows = as_rows(logits)
     group, aligned = _alignment(rows)
     statistics_kernel[rows.shape[0],](
-        rows, target.contiguous(), stats, rows.shape[1], rows.stride(0), first, ignore_index,
-        LANES=LANES, GROUP=group, ALIGNED=aligned, num_warps=WARPS,
+        rows, target.contiguous(), stats, rows.shape[1], rows.stride(0), first, classes,
+        ignore_index, LANES=LANES, GROUP=group, ALIGNED=aligned, num_warps=WARPS,
     )  # fmt: skip
     return stats
 
 
 @cross_entropy_statistics.register_fake
-def _empty_statistics(logits: Tensor, target: Tensor, first: int, ignore_index: int) -> Tensor:
+def _empty_statistics(
+    logits: Tensor, target: Tensor, first: int, ignore_index: int, num_classes: int | None = None
+) -> Tensor:
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     return logits.new_empty((logits.shape[0], 3), dtype=dtype)
 
@@ -333,11 +238,25 @@ def _write_gradient(
     return out
 
 
-def _plain_statistics(logits: Tensor, target: Tensor, first: int, ignore_index: int) -> Tensor:
+def _unknown(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+    """Which targets are neither ignored nor a class; none may be where the host can look."""
+    unknown = (target != ignore_index) & ((target < 0) | (target >= num_classes))
+    if target.device.type == "cpu" and unknown.any():
+        row = int(unknown.nonzero()[0])
+        raise IndexError(
+            f"target {int(target[row])} of row {row} is no class: the vocabulary has {num_classes}"
+            f", 0 to {num_classes - 1}, and only {ignore_index} is ignored"
+        )
+    return unknown
+
+
+def _plain_statistics(
+    logits: Tensor, target: Tensor, first: int, ignore_index: int, unknown: Tensor
+) -> Tensor:
     if not logits.shape[0]:
         return logits.new_empty((0, 3))
     largest = logits.amax(1).clamp(min=torch.finfo(torch.float32).min)
-    total = (logits - largest[:, None]).exp_().sum(1)
+    total = (logits - largest[:, None]).exp_().sum(1).masked_fill_(unknown, float("nan"))
     here, column = _columns(target, first, logits.shape[1], ignore_index)
     picked = torch.where(here, logits.gather(1, column[:, None])[:, 0], 0.0)
     return torch.stack((largest, total, picked), 1)

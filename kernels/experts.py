@@ -3,11 +3,8 @@
 ``permute`` copies each of t tokens to its k experts; ``unpermute`` sums a token's k rows weighted
 by its gates. For rows of h elements of e bytes permute moves ``(1 + k) t h e`` bytes, and so do
 unpermute and the gradient of permute (which is an unpermute without gates); the gradient of
-unpermute moves ``(1 + 2k) t h e``. About 2 flops for each element of a row; memory bounds all.
-
-Kernels go by token: each knows where its k rows lie, so a token is read (or written) once, sums
-are in float32 in the order of the slots, and nothing needs atomics: a run repeats bit for bit. A
-program owns a block of one token; with gradients of gates, a whole token, in blocks.
+unpermute moves ``(1 + 2k) t h e``. About 2 flops for each element of a row; memory bounds all. How
+programs share the work is told in expert_kernels.py.
 """
 
 from __future__ import annotations
@@ -23,9 +20,13 @@ from galvatron_compile.kernels.base import (
     exact,
     next_power_of_2,
     runs_kernels,
-    tl,
     triton,
     warps_for,
+)
+from galvatron_compile.kernels.expert_kernels import (
+    collect_kernel,
+    spread_kernel,
+    spread_weighted_kernel,
 )
 
 MAX_BLOCK = 8192 if INTERPRETED else 2048
@@ -105,71 +106,6 @@ def ahead() -> list[tuple[Any, dict[str, Any], int]]:
         case = given | {"GATED": gated}
         cases.append((kernel, {name: case[name] for name in kernel.arg_names}, warps_for(2048)))
     return cases
-
-
-@triton.jit
-def _block(h, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """(token, columns) of this program."""
-    num_blocks = tl.cdiv(h, BLOCK)
-    program = tl.program_id(0)
-    return (program // num_blocks).to(tl.int64), program % num_blocks * BLOCK + tl.arange(0, BLOCK)
-
-
-@triton.jit
-def spread_kernel(  # type: ignore[no-untyped-def]
-    x, places, rows, h, x_stride, K: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Copy a token to the places of its rows."""
-    token, columns = _block(h, BLOCK)
-    values = tl.load(x + token * x_stride + columns, mask=columns < h)
-    for slot in tl.static_range(K):
-        place = tl.load(places + token * K + slot)
-        tl.store(rows + place * h + columns, values, mask=columns < h)
-
-
-@triton.jit
-def collect_kernel(  # type: ignore[no-untyped-def]
-    rows, places, gates, out, h, rows_stride,
-    K: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Sum the rows of a token, times their gates if there are some."""
-    token, columns = _block(h, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
-    for slot in tl.static_range(K):
-        place = tl.load(places + token * K + slot)
-        values = tl.load(rows + place * rows_stride + columns, mask=columns < h, other=0.0)
-        values = values.to(tl.float32)
-        if GATED:
-            values *= tl.load(gates + token * K + slot).to(tl.float32)
-        total += values
-    tl.store(out + token * h + columns, total.to(out.dtype.element_ty), mask=columns < h)
-
-
-@triton.jit
-def spread_weighted_kernel(  # type: ignore[no-untyped-def]
-    dout, rows, places, gates, drows, dgates, h, dout_stride, rows_stride,
-    K: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """``drow = gate * dout`` and ``dgate = dout . row`` for each row of a token.
-
-    The token is read for each slot, from the cache all times but the first.
-    """
-    token = tl.program_id(0).to(tl.int64)
-    for slot in tl.static_range(K):
-        place = tl.load(places + token * K + slot)
-        gate = tl.load(gates + token * K + slot).to(tl.float32)
-        products = tl.zeros([BLOCK], tl.float32)
-        for start in range(0, h, BLOCK):
-            columns = start + tl.arange(0, BLOCK)
-            inside = columns < h
-            d = tl.load(dout + token * dout_stride + columns, mask=inside, other=0.0)
-            d = d.to(tl.float32)
-            row = tl.load(rows + place * rows_stride + columns, mask=inside, other=0.0)
-            products += d * row.to(tl.float32)
-            to_row = (d * gate).to(drows.dtype.element_ty)
-            tl.store(drows + place * h + columns, to_row, mask=inside)
-        dgate = tl.sum(products, 0).to(dgates.dtype.element_ty)
-        tl.store(dgates + token * K + slot, dgate)
 
 
 @torch.library.custom_op("galvatron::permute", mutates_args=())

@@ -27,7 +27,7 @@ from galvatron_compile.passes.fuse_match import (
     val,
 )
 from galvatron_compile.passes.fuse_overlap import near_miss, overlapping
-from galvatron_compile.passes.fuse_patterns import streaming
+from galvatron_compile.passes.fuse_patterns import experts, streaming
 from galvatron_compile.passes.fuse_prices import Prices
 from galvatron_compile.program import StageGraph, StageProgram
 
@@ -118,7 +118,7 @@ def _found(graph: fx.Graph) -> Iterator[tuple[Match, str]]:
             found.append((whole, ""))
         elif free:
             found.append((free[-1], f"{read_outside(free[-1])} is read elsewhere too"))
-        elif (missed := near_miss(node)) is not None:
+        elif (missed := near_miss(node) or experts(node)) is not None:
             found.append(missed)
     yield from reversed(found)
 

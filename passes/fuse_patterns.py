@@ -6,7 +6,7 @@ it sees there, those that gain more first. Norms are in fuse_norms.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -97,13 +97,13 @@ def cross_entropy(node: Node) -> Iterator[Match]:
     given: dict[str, Any] = dict.fromkeys((*_LOSS, "axis"))
     given |= {"ignore_index": -100, "label_smoothing": 0.0}
     given |= dict(zip(names, node.args, strict=False)) | node.kwargs
-    logits, target = given["logits"], given["target"]
+    logits, labels = given["logits"], given["target"]
     if given["weight"] is not None or given["label_smoothing"] or val(logits).ndim != 2:
         return
-    if val(target).is_floating_point():
+    if val(labels).is_floating_point():
         return
     name = "cross_entropy" if given["axis"] is None else "vocabulary-parallel cross_entropy"
-    rest = (target, given["ignore_index"], given["axis"])
+    rest = (labels, given["ignore_index"], given["axis"])
     view = logits if is_op(logits, "view", "reshape") and len(logits.users) == 1 else None
     casts: list[Node] = []
     source = past_widening(logits if view is None else view.args[0], casts)
@@ -111,11 +111,43 @@ def cross_entropy(node: Node) -> Iterator[Match]:
     if casts and own and _loss_dtype(val(source)) == val(node).dtype:
         viewed = None if view is None else (source, view)
         covers = ordered([node, *casts] if view is None else [node, view, *casts])
-        args = (source, *rest)
-        yield Match(name, fused.cross_entropy, args, (node,), covers, node, viewed=viewed)
+        target = _loss(source, covers)
+        yield Match(name, target, (source, *rest), (node,), covers, node, viewed=viewed)
     if _loss_dtype(val(logits)) == val(node).dtype:
-        yield Match(name, fused.cross_entropy, (logits, *rest), (node,), (node,), node)
+        yield Match(name, _loss(logits, (node,)), (logits, *rest), (node,), (node,), node)
+
+
+def _loss(logits: Node, covers: tuple[Node, ...]) -> Callable[..., Any]:
+    """With its gradient written over the logits where they are a product, which needs its factors
+    alone for its own backward, and nothing but the loss reads them."""
+    readers = set(covers)
+    while is_op(logits, "view", "reshape") and set(logits.users) <= readers:
+        readers, logits = {logits}, logits.args[0]
+    spare = is_op(logits, "linear", "mm", "addmm", "matmul") and set(logits.users) <= readers
+    return fused.cross_entropy_over if spare else fused.cross_entropy
 
 
 def _loss_dtype(logits: torch.Tensor) -> torch.dtype:
     return torch.promote_types(logits.dtype, torch.float32)
+
+
+def experts(node: Node) -> tuple[Match, str] | None:
+    """The end of a mixture of experts in which each token brings copies of its experts' weights:
+    sum over a token's experts of (product of those weights) * gates. As a match of that alone, and
+    why it stays."""
+    if not is_op(node, "sum") or node.args[1:2] != ([1],):
+        return None
+    view = node.args[0]
+    if not is_op(view, "view", "reshape") or not is_op(view.args[0], "mul"):
+        return None
+    covers, product = [view.args[0], view, node], view.args[0].args[0]
+    while is_op(product, "squeeze", "view", "reshape", "to"):
+        covers.append(product)
+        product = product.args[0]
+    if not is_op(product, "bmm", "matmul") or not is_op(product.args[0], "index"):
+        return None
+    if val(product.args[0].args[0]).ndim != 3:
+        return None
+    covers += [product, product.args[0]]
+    match = Match("permute, unpermute", node.target, node.args, (node,), ordered(covers), node)
+    return match, "tokens are not sorted by expert: each takes copies of its experts' weights"

@@ -49,7 +49,7 @@ def _check_shards(
     shards = [_wide(part, gap) if gap else part.clone() for part in logits.split(size, 1)]
     stats = []
     for shard, start in zip(shards, range(0, v, size), strict=True):
-        part = op.cross_entropy_statistics(shard, target, start, IGNORED)
+        part = op.cross_entropy_statistics(shard, target, start, IGNORED, v)
         stats.append(part)
         wide = shard.double()
         close(part[:, 0], wide.amax(1), what="max")
@@ -116,7 +116,7 @@ def test_a_shard_that_masks_every_column() -> None:
 
 def _check_only_finite(logits: Tensor, target: Tensor) -> None:
     parts = logits[:, :4].contiguous(), logits[:, 4:].contiguous()
-    stats = [op.cross_entropy_statistics(x, target, 4 * i, -100) for i, x in enumerate(parts)]
+    stats = [op.cross_entropy_statistics(x, target, 4 * i, -100, 8) for i, x in enumerate(parts)]
     log_sum = op.merge_statistics(torch.stack(stats))[:, 0]
     close(log_sum, logits.double().logsumexp(1), terms=8)
     gradient = op.cross_entropy_gradient(parts[1], target, log_sum, torch.ones(()), 4, -100)
@@ -195,7 +195,7 @@ def _targets_at_the_edges(kernels: bool) -> None:
     0. Columns of other shards lie beside it in memory."""
     whole = torch.arange(1.0, 25.0).repeat(24, 1)
     with watched(op, *KERNELS) as counts:
-        stats = op.cross_entropy_statistics(whole[:, 8:16], torch.arange(24), 8, -100)
+        stats = op.cross_entropy_statistics(whole[:, 8:16], torch.arange(24), 8, -100, 24)
     assert (launched(counts) == {"statistics_kernel"}) is kernels
     assert stats[:, 2].tolist() == [float(c + 1) if 8 <= c < 16 else 0.0 for c in range(24)]
 
@@ -203,6 +203,46 @@ def _targets_at_the_edges(kernels: bool) -> None:
 def test_targets_at_the_edges(interpreted: Any) -> None:
     _targets_at_the_edges(False)
     interpreted(1).run(_targets_at_the_edges, True)
+
+
+@pytest.mark.parametrize("wrong", [8, -1, 100])
+def test_a_target_that_is_no_class_is_refused(wrong: int) -> None:
+    """By every shard, also by one that the target is behind of, with words that name it."""
+    logits, target = torch.randn(4, 8), torch.tensor([0, -100, wrong, 7])
+    said = rf"target {wrong} of row 2 is no class: the vocabulary has 8, 0 to 7, and only -100 is"
+    with pytest.raises(IndexError, match=said):
+        cross_entropy_sum(logits, target)
+    for first in (0, 4):
+        with pytest.raises(IndexError, match=said):
+            op.cross_entropy_statistics(logits[:, first : first + 4], target, first, -100, 8)
+
+
+def _unknown_in_interpreter() -> None:
+    """Where kernels run nobody looks: the row is NaN, and only its gradient is."""
+    for wrong in (8, -1):
+        logits, target = torch.randn(4, 8), torch.tensor([0, -100, wrong, 7])
+        with watched(op, *KERNELS) as counts:
+            parts = logits[:, :4].contiguous(), logits[:, 4:].contiguous()
+            stats = [
+                op.cross_entropy_statistics(x, target, 4 * i, -100, 8) for i, x in enumerate(parts)
+            ]
+            for part in stats:
+                assert part[:, 1].isnan().tolist() == [False, False, True, False]
+            log_sum = op.merge_statistics(torch.stack(stats))[:, 0]
+            loss = cross_entropy_sum(logits.requires_grad_(), target)
+            loss.backward()
+            gradient = op.cross_entropy_gradient(
+                parts[1], target, log_sum, torch.ones(()), 4, -100
+            )
+        assert loss.isnan() and launched(counts) == set(KERNELS)
+        assert logits.grad is not None
+        for found in (logits.grad, gradient):
+            assert found.isnan().all(1).tolist() == [False, False, True, False]
+            assert not found[[0, 1, 3]].isnan().any()
+
+
+def test_a_target_that_is_no_class_makes_kernels_give_nan(interpreted: Any) -> None:
+    interpreted(1).run(_unknown_in_interpreter)
 
 
 def _sum_in_interpreter(seed: int) -> None:

@@ -319,7 +319,71 @@ def test_casts_of_logits_go_where_nothing_is_lost(
     torch.testing.assert_close(other, one, rtol=rtol, atol=0)
 
 
-LOSSES = (fused.cross_entropy,)
+LOSSES = (fused.cross_entropy, fused.cross_entropy_over)
+
+
+def losses(
+    between: Callable[[fx.Graph, fx.Node], fx.Node], also: Callable[[fx.Graph, fx.Node], Any] | None
+) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
+    """Logits of a linear layer, something between them and the loss, perhaps a second reader."""
+
+    def make(graph: fx.Graph, places: list[fx.Node]) -> Any:
+        x, weight, labels = places
+        logits = between(graph, call(graph, torch.ops.aten.linear.default, x, weight))
+        value = call(graph, operators.cross_entropy_sum, logits, labels, None, -100, 0.0)
+        return value if also is None else (value, also(graph, logits))
+
+    inputs = r(2, 3, 4), r(7, 4), TARGET
+    return built(make, *inputs), inputs
+
+
+def rows(graph: fx.Graph, x: fx.Node) -> fx.Node:
+    return call(graph, torch.ops.aten.view.default, x, [-1, 7])
+
+
+def capped(graph: fx.Graph, x: fx.Node) -> fx.Node:
+    return call(graph, torch.ops.aten.tanh.default, rows(graph, x))
+
+
+def test_the_gradient_goes_over_logits_that_nothing_else_reads() -> None:
+    """Not over those that a backward reads (of tanh), nor those that something else may."""
+    over, other = fused.cross_entropy_over, fused.cross_entropy
+
+    def itself(graph: fx.Graph, x: fx.Node) -> fx.Node:
+        return x
+
+    def base(graph: fx.Graph, x: fx.Node) -> fx.Node:
+        return x.args[0]  # type: ignore[return-value]
+
+    def under(graph: fx.Graph, x: fx.Node) -> fx.Node:
+        return rows(graph, call(graph, torch.ops.aten.reshape.default, x, [3, 2, 7]))
+
+    cases = [
+        (rows, None, over), (under, None, over), (capped, None, other), (rows, itself, other),
+        (rows, base, other),
+    ]  # fmt: skip
+    for between, also, wanted in cases:
+        module, inputs = losses(between, also)
+        after, fusions = fuse_graph(module, ALWAYS)
+        assert [fusion.taken for fusion in fusions] == [True]
+        assert [n.target for n in after.graph.nodes if n.target in LOSSES] == [wanted]
+        assert check(module, *inputs) == ["cross_entropy"]
+
+
+def test_logits_that_are_given_stay_as_they_are() -> None:
+    after, _ = fuse_graph(built(loss(), r(6, 7), TARGET), ALWAYS)
+    logits = r(6, 7).requires_grad_()
+    before = logits.detach().clone()
+    after(logits, TARGET).backward()
+    assert torch.equal(logits, before)
+
+
+def test_the_gradient_over_the_logits_takes_their_memory() -> None:
+    logits = (2 * r(6, 7).requires_grad_()).clone()
+    seen: list[Tensor] = []
+    logits.register_hook(seen.append)
+    fused.cross_entropy_over(logits, TARGET, -100, None).backward()
+    assert seen[0].data_ptr() == logits.data_ptr()
 
 
 def test_logits_that_are_read_elsewhere_keep_their_cast() -> None:
@@ -435,3 +499,30 @@ def test_why_a_sum_is_left() -> None:
     assert reasons(built(biased, *inputs, r(6))) == [
         "its bias x2 is not split for this sum alone"
     ]
+
+
+# Mixtures of experts, as transformers writes them with experts_implementation="batched_mm".
+
+
+def mixture(x: Tensor, weights: Tensor, choice: Tensor, gates: Tensor) -> Tensor:
+    k = choice.shape[1]
+    rows = x.repeat_interleave(k, 0).unsqueeze(-1)
+    products = torch.bmm(weights[choice.reshape(-1)], rows).squeeze(-1)
+    return (products * gates.reshape(-1).unsqueeze(-1)).view(-1, k, weights.shape[1]).sum(1)
+
+
+def test_a_mixture_of_experts_is_declined_with_a_reason() -> None:
+    inputs = r(6, 4), r(3, 5, 4), torch.randint(3, (6, 2)), r(6, 2)
+    module = exported(mixture, *inputs)
+    assert check(module, *inputs) == []
+    [found] = fuse_graph(module, ALWAYS)[1]
+    assert found.name == "permute, unpermute"
+    assert found.why_not.startswith("tokens are not sorted by expert")
+    assert found.covers[0].startswith("index") and found.covers[-1].startswith("sum")
+
+
+def test_another_sum_of_products_is_no_mixture() -> None:
+    def weighted(x: Tensor, gates: Tensor) -> Tensor:
+        return (x * gates).view(3, 2, 4).sum(1)
+
+    assert fuse_graph(exported(weighted, r(6, 4), r(6, 1)), ALWAYS)[1] == ()
