@@ -1,245 +1,202 @@
 """Every kernel on one GPU: right results, share of the roofline, time against PyTorch's own ways.
 
-``make bench-gpu``, or: python bench/gpu.py. Takes less than 9 minutes. Ceilings are measured in the
-same call: a copy for kernels that memory bounds, cuBLAS for products. Times are medians of CUDA
-events with the L2 cache flushed in front of each run. Results go to bench/results as JSON.
+``make bench-gpu``, or: python bench/gpu.py [--out FOLDER]. Takes less than 9 minutes. Ceilings are
+measured in the same call: a copy for kernels that memory bounds, cuBLAS for products. Times are
+medians of CUDA events with the L2 cache flushed and all launches queued before. Results go to a
+JSON file, bench/results by default, after each row. Exit status: 1 if a result was wrong or
+something failed, 2 without a GPU; targets that were missed only show in the table.
 
-``--dry-run`` checks every kernel at tiny sizes on the CPU under Triton's interpreter and measures
-nothing. What runs on CUDA only has not been run yet: no GPU was at hand.
+``--dry-run`` checks every kernel at tiny sizes on the CPU under Triton's interpreter, goes through
+the code that measures and measures nothing. What needs CUDA has not been run yet: no GPU was at
+hand.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
-import statistics
-import subprocess
+import random
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+STARTED = time.monotonic()
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
-BUDGET_S = 500.0
+for folder in (HERE, HERE.parent):  # from a clone, installed or not
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+from gpu_report import Report, show  # noqa: E402
+from gpu_worker import Failed, Worker  # noqa: E402
+
+BUDGET_S = 500.0  # of the 540 that it may take
+ROUNDS = 1000
+ROUNDS_S = 110.0  # for all rounds of so many processes
+PRODUCTS = ("gather", "scatter")
+# (seconds that must be left to begin, most that it may take), by verb
+LIMITS_S = {
+    "machine": (0, 120), "ceilings": (0, 60), "preset": (30, 60), "case": (20, 60),
+    "linked": (30, 60), "compiled": (45, 60),
+}  # fmt: skip
+
+Ask = Callable[[str, str, float], Any]
+Play = Callable[[int, float], Any]  # processes, seconds → gpu_peers.Rounds
 
 
-@dataclass(frozen=True)
-class Row:
-    """One kernel. share: of the ceiling. over_*: their time over the kernel's, above 1 means that
-    the kernel is faster; None where it was not tried."""
+def run(
+    names: Sequence[str],
+    compiled: Sequence[str],
+    ask: Ask,
+    play: Play,
+    report: Report,
+    left_s: Callable[[], float],
+    rounds: int = ROUNDS,
+    processes: Sequence[int] = (2, 4),
+) -> None:
+    """Everything into ``report``, the most important first, and nothing for longer than is left.
 
-    name: str
-    ms: float
-    share: float
-    target: float | None
-    over_eager: float | None
-    over_compiled: float | None
-    over_liger: float | None = None
+    ask: answers (verb, name) as ``gpu_measure.Bench.answer`` does, within so many seconds, or
+    raises Failed. play: rounds on so many processes within so many seconds. left_s: until the end.
+    """
 
+    def attempt(verb: str, name: str = "") -> Any:
+        what = f"{verb} {name}".strip()
+        needed, most = LIMITS_S[verb]
+        left = left_s()
+        if left <= needed:
+            report.left_out[what] = "out of time"
+            report.save()
+            return None
+        try:
+            return ask(verb, name, min(left, most))
+        except Failed as error:
+            report.failed[what] = str(error)
+            report.save()
+            return None
 
-def check(cases: Sequence[Any], sizes: Any, device: Any) -> list[str]:
-    """What is wrong: kernels on 16-bit and float32 inputs against PyTorch in float64."""
-    import torch
+    def row(verb: str, name: str) -> None:
+        if (found := attempt(verb, name)) is not None:
+            wrong, measured = found
+            report.wrong += wrong
+            report.add_row(measured)
 
-    wrong = []
-    for case in cases:
-        inputs = case.make(sizes, device)
-        exact = case.eager(*(_wide(x) for x in inputs))
-        got = case.kernel(*inputs)
-        for place, (one, other) in enumerate(zip(_flat(got), _flat(exact), strict=True)):
-            eps = torch.finfo(one.dtype).eps
-            scale = max(1.0, float(other.abs().max()))
-            error = float((one.double() - other.double()).abs().max())
-            if not error <= 4 * eps * scale:
-                wrong.append(f"{case.name}: result {place} is off by {error:g} of {scale:g}")
-    return wrong
-
-
-def _wide(value: Any) -> Any:
-    """A copy in float64, of lists too."""
-    import torch
-
-    if isinstance(value, list) and value and isinstance(value[0], torch.Tensor):
-        return [_wide(x) for x in value]
-    if isinstance(value, torch.Tensor):
-        return value.double() if value.is_floating_point() else value.clone()
-    return value
-
-
-def _flat(value: Any) -> list[Any]:
-    return [value] if not isinstance(value, (tuple, list)) else [x for x in value if x is not None]
-
-
-def median_ms(call: Callable[[], Any], seconds: float = 0.5) -> float:
-    """Of runs with a cold L2 cache, after some to warm up."""
-    import torch
-
-    flush = torch.empty(2**28, dtype=torch.uint8, device="cuda")
-    for _ in range(3):
-        call()
-    torch.cuda.synchronize()
-    times: list[float] = []
-    until = time.perf_counter() + seconds
-    while len(times) < 10 or (time.perf_counter() < until and len(times) < 200):
-        flush.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
+    report.machine |= attempt("machine") or {}
+    report.ceilings |= attempt("ceilings") or {}
+    for name in PRODUCTS:
+        row("preset", name)
+    for name in names:
+        row("case", name)
+    for size in processes:
+        _rounds(size, rounds, play, report, left_s())
+    for name in PRODUCTS:
+        row("linked", name)
+    for name in compiled:
+        if name in report.rows and (timed := attempt("compiled", name)) is not None:
+            report.add_compiled(name, timed.ms, timed.late)
+    report.save()
 
 
-def copy_ceiling() -> float:
-    """Bytes a second, read and written."""
-    import torch
-
-    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.numel() / median_ms(lambda: target.copy_(source)) * 1e3
-
-
-def measured(case: Any, sizes: Any, bytes_per_s: float, compiles: bool) -> Row:
-    import torch
-
-    inputs = case.make(sizes, torch.device("cuda"))
-    ms = median_ms(lambda: case.kernel(*inputs))
-    eager_ms = median_ms(lambda: case.eager(*inputs))
-    compiled_ms = None
-    if compiles:
-        compiled = torch.compile(case.eager, dynamic=False)
-        compiled_ms = median_ms(lambda: compiled(*inputs)) / ms
-    share = case.moved_bytes(inputs) / bytes_per_s * 1e3 / ms
-    liger = liger_ms(case.name, inputs)
-    return Row(
-        case.name, ms, share, case.target, eager_ms / ms, compiled_ms, liger and liger / ms
-    )
-
-
-def liger_ms(name: str, inputs: Any) -> float | None:
-    """Liger's kernel for the same, if it is installed and has one."""
+def _rounds(size: int, rounds: int, play: Play, report: Report, left: float) -> None:
+    """Of processes that share the GPU: all right, or what was wrong, or how many there was time
+    for."""
+    what = f"{rounds} rounds of {size} processes"
+    if left <= 30:
+        report.left_out[what] = "out of time"
+        return report.save()
     try:
-        from liger_kernel.ops.rms_norm import LigerRMSNormFunction
-        from liger_kernel.ops.swiglu import LigerSiLUMulFunction
-    except ImportError:
-        return None
-    calls: dict[str, Callable[[], Any]] = {
-        "rms_norm": lambda: LigerRMSNormFunction.apply(*inputs, 1e-5),
-        "swiglu": lambda: LigerSiLUMulFunction.apply(*inputs),
-    }
-    return median_ms(calls[name]) if name in calls else None
+        done = play(size, min(ROUNDS_S, left))
+    except Exception as error:  # before the processes ran; theirs come back as wrong
+        report.failed[what] = f"{type(error).__name__}: {error}"
+        return report.save()
+    report.rounds.append({**asdict(done), "wanted": rounds})
+    if done.wrong:
+        report.wrong.append(f"{size} processes, {done.passed} rounds right, then: {done.wrong}")
+    elif done.passed < rounds:
+        report.left_out[what] = f"out of time after {done.passed}, all right"
+    report.save()
 
 
-def products(rows: list[Row]) -> None:
-    """Both overlapped products, flags preset, against cuBLAS."""
+def dry_run(cases: Sequence[Any] | None = None) -> int:
+    """Exit status: 0 if every kernel is right. cases: default: all of gpu_cases and gpu_flat."""
     import torch
-    from gpu_peers import preset_products
-
-    for name, kernel, blas, _ in preset_products(torch.device("cuda")):
-        ms, blas_ms = median_ms(kernel), median_ms(blas)
-        rows.append(Row(f"{name}, flags preset", ms, blas_ms / ms, 0.92, blas_ms / ms, None))
-
-
-def table(rows: Sequence[Row], title: str) -> Any:
-    from rich.table import Table
-
-    result = Table(title=title, title_justify="left")
-    for heading in ("kernel", "ms", "of the ceiling", "target", "over eager", "over compile"):
-        result.add_column(heading, justify="left" if heading == "kernel" else "right")
-    for row in rows:
-        target = "" if row.target is None else f"{row.target:.0%}"
-        others = [row.over_eager, row.over_compiled]
-        shown = ["" if x is None else f"{x:.2f}" for x in others]
-        result.add_row(row.name, f"{row.ms:.3f}", f"{row.share:.0%}", target, *shown)
-    return result
-
-
-def save(rows: Sequence[Row], wrong: Sequence[str], ceilings: dict[str, float]) -> Path:
-    import torch
-    import triton
-
-    command = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
-    driver = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    document = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit.stdout.strip() or "unknown",
-        "gpu": torch.cuda.get_device_name(),
-        "driver": driver.stdout.strip(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-        },
-        "ceilings": ceilings,
-        "wrong": list(wrong),
-        "rows": [asdict(row) for row in rows],
-    }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"gpu_{torch.cuda.get_device_name().replace(' ', '_')}.json"
-    path.write_text(json.dumps(document, indent=1) + "\n")
-    return path
-
-
-def dry_run() -> int:
-    """Exit status: 0 if every kernel is right."""
-    import torch
-    from gpu_cases import CASES, TINY
+    from gpu_cases import TINY
+    from gpu_flat import CASES
+    from gpu_measure import Bench
     from gpu_peers import check_in_processes
+    from gpu_products import TINY as SHAPES
+    from gpu_timer import called_once
 
-    torch.manual_seed(time.time_ns() % 2**31)
-    wrong = check(CASES, TINY, torch.device("cpu"))
-    if failed := check_in_processes(2, 3, "cpu"):
-        wrong.append(f"2 processes: {failed}")
-    for line in wrong:
+    chosen = CASES if cases is None else cases
+    seed, rounds = random.SystemRandom().randrange(2**31), 2
+    print(f"seed {seed}")
+    shapes = {"preset": SHAPES, "linked": SHAPES}
+    device = torch.device("cpu")
+    bench = Bench(chosen, TINY, shapes, device, called_once, seed, small=True)
+    report = Report()
+
+    def ask(verb: str, name: str, _: float) -> Any:
+        try:
+            return bench.answer(verb, name)
+        except Exception as error:
+            raise Failed(f"{type(error).__name__}: {error}") from error
+
+    def play(size: int, _: float) -> Any:
+        return check_in_processes(size, rounds, "cpu", seed, 300.0)
+
+    # The compiler takes longer than all the rest, and makes no use of our kernels.
+    run([case.name for case in chosen], [], ask, play, report, lambda: 600.0, rounds, (2,))
+    for line in report.wrong:
         print(f"wrong: {line}")
-    kernels = f"{len(CASES)} kernels, and those with peers in 2 processes"
-    print(f"dry run of {kernels}: {len(wrong) or 'nothing'} wrong; nothing was measured")
-    return 1 if wrong else 0
+    for what, why in (*report.failed.items(), *report.left_out.items()):
+        print(f"not checked: {what}: {why}")
+    found = len(report.wrong) + len(report.failed) + len(report.left_out)
+    kernels = f"{len(chosen)} cases, 4 products, {rounds} rounds with peers in 2 processes"
+    print(f"dry run of {kernels}: {found or 'nothing'} wrong; nothing was measured")
+    return 1 if found else 0
 
 
-def run(out_of_time: Callable[[], bool]) -> int:
-    import torch
-    from gpu_cases import CASES, FULL
+def measure(out: Path) -> int:
+    """On the GPU; exit status as in the docstring of the file."""
+    from gpu_flat import CASES
+    from gpu_full import full_answer
     from gpu_peers import check_in_processes
     from rich.console import Console
 
-    console, device = Console(width=120), torch.device("cuda")
-    wrong = check(CASES, FULL, device)
-    for size in (2, 4):
-        if failed := check_in_processes(size, 1000, "cuda"):
-            wrong.append(f"{size} processes: {failed}")
-    bytes_per_s = copy_ceiling()
-    rows: list[Row] = []
-    products(rows)
-    for case in CASES:
-        if out_of_time():
-            console.print(f"out of time before {case.name}: the rest was not measured")
-            break
-        rows.append(measured(case, FULL, bytes_per_s, not case.in_place and not out_of_time()))
-    title = f"{torch.cuda.get_device_name()}, copy at {bytes_per_s / 1e12:.2f} TB/s"
-    console.print(table(rows, title))
-    for line in wrong:
-        console.print(f"[red]wrong:[/red] {line}")
-    console.print(f"wrote {save(rows, wrong, {'copy_bytes_per_s': bytes_per_s})}")
-    return 1 if wrong else 0
+    def left_s() -> float:
+        return STARTED + BUDGET_S - time.monotonic()
+
+    def play(size: int, seconds: float) -> Any:
+        seed = random.SystemRandom().randrange(2**31)
+        return check_in_processes(size, ROUNDS, "cuda", seed, seconds)
+
+    def ask(verb: str, name: str, seconds: float) -> Any:
+        print(f"{time.monotonic() - STARTED:4.0f} s  {verb} {name}", flush=True)
+        return worker.ask(verb, name, seconds)
+
+    report = Report(folder=out)
+    worker = Worker(full_answer)
+    names = [case.name for case in CASES]
+    compiled = [case.name for case in CASES if case.compiles and case.compares]
+    try:
+        run(names, compiled, ask, play, report, left_s)
+    finally:
+        worker.stop()
+        report.seconds = time.monotonic() - STARTED
+        report.save()
+        show(report, Console(width=150))
+        print(f"wrote {out / report.file_name()}")
+    return report.status()
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dry-run", action="store_true", help="check on the CPU, measure nothing")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
     options = parser.parse_args()
-    sys.path.insert(0, str(HERE))
     if options.dry_run:
         if os.environ.get("TRITON_INTERPRET") != "1":  # read when triton is imported
             os.environ["TRITON_INTERPRET"] = "1"
@@ -251,8 +208,7 @@ def main() -> int:
         print("bench/gpu.py needs a CUDA GPU and there is none here: nothing was measured; "
               "--dry-run checks the kernels on the CPU")  # fmt: skip
         return 2
-    deadline = time.monotonic() + BUDGET_S
-    return run(lambda: time.monotonic() > deadline)
+    return measure(options.out)
 
 
 if __name__ == "__main__":

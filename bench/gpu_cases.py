@@ -1,43 +1,41 @@
-"""What bench/gpu.py measures: every kernel with inputs, PyTorch's own way, and bytes moved."""
+"""What bench/gpu.py measures: norms, gates, rotary embedding, cross-entropy. More in gpu_flat.py.
+
+Each with inputs, PyTorch's own way, and the bytes that it must move.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from galvatron_compile.kernels import (
-    adamw,
-    buckets,
-    cross_entropy,
-    experts,
-    layer_norm,
-    rms_norm,
-    rotary,
-    swiglu,
-)
+from galvatron_compile.kernels import cross_entropy, layer_norm, rms_norm, rotary, swiglu
 
 OPS: Any = torch.ops.galvatron
 EPS = 1e-5
 Inputs = tuple[Any, ...]
+Function = Callable[..., Any]
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of inputs: rows of ``features``, heads of 128 and 16 heads, classes of a vocabulary."""
+    """Of inputs: rows of ``features``, heads of ``width``, classes of a vocabulary."""
 
     rows: int
     features: int
     vocabulary: int
     sequence: int
+    heads: int
+    width: int
 
 
-FULL = Sizes(rows=16384, features=4096, vocabulary=128256, sequence=4096)
-TINY = Sizes(rows=6, features=96, vocabulary=160, sequence=5)
+# So large that a launch takes 100 us and more, and no input fits in a cache.
+FULL = Sizes(rows=65536, features=4096, vocabulary=128256, sequence=4096, heads=16, width=128)
+TINY = Sizes(rows=6, features=96, vocabulary=160, sequence=5, heads=3, width=16)
 
 
 @dataclass(frozen=True)
@@ -46,58 +44,100 @@ class Case:
 
     make: sizes, device → inputs. kernel, eager: of the inputs → tensors that are compared, the
     second in any precision, so that float64 inputs make it the reference. moved_bytes: of the
-    inputs. target: share of the copy ceiling that issue 5 asks for; None: none.
-    in_place: inputs are changed, and made anew for every check.
+    inputs; None: no bound of interest. target: share of the copy ceiling that issue 5 asks for.
+    forward: for the gradient of something; the inputs are then (what reaches its results, leaves,
+    others), and eager's backward alone is timed. num_leaves: how many of them get gradients.
+    over_target: how much faster than eager issue 5 asks it to be. eager_is: in words, where it is
+    not plain. others: more to compare the time with. roundings: see ``gpu_check.excess``.
     """
 
     name: str
     make: Callable[[Sizes, torch.device], Inputs]
-    kernel: Callable[..., Any]
-    eager: Callable[..., Any]
-    moved_bytes: Callable[[Inputs], int]
+    kernel: Function
+    eager: Function
+    moved_bytes: Callable[[Inputs], int] | None
     target: float | None = 0.9
-    in_place: bool = False
+    forward: Function | None = None
+    num_leaves: int = 0
+    over_target: float | None = None
+    eager_is: str = ""
+    others: dict[str, Function] = field(default_factory=dict)
+    compiles: bool = True
+    compares: bool = True
+    roundings: int = 1
+
+
+def backward(
+    name: str,
+    make: Callable[[Sizes, torch.device], Inputs],
+    kernel: Function,
+    forward: Function,
+    num_leaves: int,
+    moved_bytes: Callable[[Inputs], int],
+    target: float | None = 0.8,
+) -> Case:
+    """A case of gradients: the reference is autograd of ``forward(*leaves, *others)``."""
+
+    def eager(dy: Any, *rest: Any) -> Any:
+        return prepared_backward(forward, num_leaves, (dy, *rest))()
+
+    return Case(name, make, kernel, eager, moved_bytes, target, forward, num_leaves)
+
+
+def prepared_backward(forward: Function, num_leaves: int, inputs: Inputs) -> Callable[[], Any]:
+    """Runs the forward now; the call that is returned does the backward alone, again and again."""
+    dy, *rest = inputs
+    leaves = [x.detach().requires_grad_() for x in rest[:num_leaves]]
+    with torch.enable_grad():
+        y = forward(*leaves, *rest[num_leaves:])
+    return lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True)
 
 
 def randn(device: torch.device, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return torch.randn(shape, device=device).to(dtype)
+    return torch.randn(shape, device=device, dtype=dtype)
 
 
 def _x_weight(sizes: Sizes, device: torch.device) -> Inputs:
     return randn(device, sizes.rows, sizes.features), randn(device, sizes.features)
 
 
-def _two_and_weight(sizes: Sizes, device: torch.device) -> Inputs:
+def _two_weight(sizes: Sizes, device: torch.device) -> Inputs:
     x, weight = _x_weight(sizes, device)
     return x, torch.randn_like(x), weight
 
 
-def _norm(x: Tensor, weight: Tensor) -> Tensor:
+def _two_weight_bias(sizes: Sizes, device: torch.device) -> Inputs:
+    return *_two_weight(sizes, device), randn(device, sizes.features)
+
+
+def _norm(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
     wide = x if x.dtype == torch.float64 else x.float()
     scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)
     return (weight * scaled).to(x.dtype)
 
 
-def _gradients(function: Callable[..., Tensor], dy: Tensor, *inputs: Tensor) -> Any:
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    with torch.enable_grad():
-        return torch.autograd.grad(function(*leaves), leaves, dy)
+def _norm_and_total(total: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _norm(total, weight), total.view_as(total)
 
 
-def _prepared_rms(sizes: Sizes, device: torch.device) -> Inputs:
-    dy, x, weight = _two_and_weight(sizes, device)
+def _layer(x: Tensor, weight: Tensor, bias: Tensor, *_: Any) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], weight, bias, EPS)
+
+
+def _for_rms(sizes: Sizes, device: torch.device) -> Inputs:
+    dy, x, weight = _two_weight(sizes, device)
     return dy, x, weight, OPS.rms_norm(x, weight, EPS)[1]
 
 
-def _prepared_layer(sizes: Sizes, device: torch.device) -> Inputs:
-    dy, x, weight = _two_and_weight(sizes, device)
-    bias = torch.randn_like(weight)
+def _for_added_rms(sizes: Sizes, device: torch.device) -> Inputs:
+    dy, x, weight, rstd = _for_rms(sizes, device)
+    return [dy, torch.randn_like(dy)], x, weight, rstd
+
+
+def _for_layer(sizes: Sizes, device: torch.device) -> Inputs:
+    dy, x, weight, bias = _two_weight_bias(sizes, device)
     _, mean, rstd = OPS.layer_norm(x, weight, bias, EPS)
     return dy, x, weight, bias, mean, rstd
-
-
-def _layer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], weight, bias, EPS)
 
 
 def _gates(sizes: Sizes, device: torch.device) -> Inputs:
@@ -106,10 +146,16 @@ def _gates(sizes: Sizes, device: torch.device) -> Inputs:
 
 
 def _rotary(sizes: Sizes, device: torch.device) -> Inputs:
-    heads, width = 16, 128 if sizes is FULL else 16
-    x = randn(device, 2, sizes.sequence, heads, width).transpose(1, 2)
-    tables = (randn(device, 1, 1, sizes.sequence, width) for _ in range(2))
-    return x, *tables
+    shape = (max(2, sizes.rows // sizes.sequence), sizes.sequence, sizes.heads, sizes.width)
+    tables = (randn(device, 1, 1, sizes.sequence, sizes.width) for _ in range(2))
+    return randn(device, *shape).transpose(1, 2), *tables
+
+
+def _rotary_by_angles(sizes: Sizes, device: torch.device) -> Inputs:
+    """So that rotating in place many times does not grow."""
+    x, table, _ = _rotary(sizes, device)
+    angles = table.float().chunk(2, -1)[0].repeat(1, 1, 1, 2)
+    return x, angles.cos().bfloat16(), angles.sin().bfloat16()
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -117,8 +163,22 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin
 
 
+def _for_rotary(sizes: Sizes, device: torch.device) -> Inputs:
+    x, cos, sin = _rotary(sizes, device)
+    return torch.randn_like(x), x, cos, sin
+
+
+def _rotate_back(dy: Tensor, _: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return OPS.rotary_backward(dy, cos.squeeze(1), sin.squeeze(1))
+
+
+def _rotated_bytes(x: Tensor) -> int:
+    b, h, s, d = x.shape
+    return rotary.moved_bytes(b, h, s, d, x.element_size())
+
+
 def _logits(sizes: Sizes, device: torch.device) -> Inputs:
-    rows = max(1, sizes.rows // 4)
+    rows = max(2, sizes.rows // 16)
     target = torch.randint(0, sizes.vocabulary, (rows,), device=device)
     return randn(device, rows, sizes.vocabulary), target
 
@@ -128,134 +188,82 @@ def _loss(logits: Tensor, target: Tensor) -> Tensor:
     return (merged[:, 0] - merged[:, 1]).sum()
 
 
-def _eager_loss(logits: Tensor, target: Tensor) -> Tensor:
+def _eager_loss(logits: Tensor, target: Tensor, *_: Any) -> Tensor:
     wide = logits if logits.dtype == torch.float64 else logits.float()
     return F.cross_entropy(wide, target, reduction="sum")
 
 
-def _logits_and_sums(sizes: Sizes, device: torch.device) -> Inputs:
+def _for_loss(sizes: Sizes, device: torch.device) -> Inputs:
     logits, target = _logits(sizes, device)
     statistics = OPS.cross_entropy_statistics(logits, target, 0, -100)[None]
-    return logits, target, OPS.cross_entropy_merge(statistics)[:, 0].clone()
+    log_sum = OPS.cross_entropy_merge(statistics)[:, 0].clone()
+    return torch.ones((), device=device), logits, target, log_sum
 
 
-def _loss_gradient(logits: Tensor, target: Tensor, log_sum: Tensor) -> Tensor:
-    one = torch.ones((), device=logits.device)
+def _loss_gradient(one: Tensor, logits: Tensor, target: Tensor, log_sum: Tensor) -> Tensor:
     return OPS.cross_entropy_gradient(logits, target, log_sum, one, 0, -100)
 
 
-def _eager_loss_gradient(logits: Tensor, target: Tensor, log_sum: Tensor) -> Tensor:
-    (found,) = _gradients(lambda x: _eager_loss(x, target), torch.ones_like(log_sum[0]), logits)
-    return found
+def _loss_gradient_(logits: Tensor, target: Tensor) -> Tensor:
+    """Loss and its gradient over the logits, as a step of training does them."""
+    statistics = OPS.cross_entropy_statistics(logits, target, 0, -100)[None]
+    log_sum = OPS.cross_entropy_merge(statistics)[:, 0].clone()
+    one = torch.ones((), device=logits.device)
+    OPS.cross_entropy_gradient_(logits, target, log_sum, one, 0, -100)
+    return logits
 
 
-def _optimizer(sizes: Sizes, device: torch.device) -> Inputs:
-    numel = sizes.rows * sizes.features
-    wide = [randn(device, numel, dtype=torch.float32) for _ in range(2)]
-    second = torch.rand(numel, device=device)
-    gradient, copy = randn(device, numel), torch.zeros(numel, device=device).bfloat16()
-    return (wide[0], gradient, wide[1], second, copy, torch.full((), 0.5, device=device))
+def _eager_loss_gradient_(logits: Tensor, target: Tensor) -> Tensor:
+    leaf = logits.detach().requires_grad_()
+    with torch.enable_grad():
+        return torch.autograd.grad(_eager_loss(leaf, target), leaf)[0]
 
 
-def _fused_adamw(
-    master: Tensor, gradient: Tensor, first: Tensor, second: Tensor, copy: Tensor, scale: Tensor
-) -> Any:
-    OPS.adamw_(
-        master, gradient, first, second, copy, scale, 3, 1e-3, 0.9, 0.95, 1e-8, 0.1
-    )  # fmt: skip
-    return master, first, second, copy
-
-
-def _unfused_adamw(
-    master: Tensor, gradient: Tensor, first: Tensor, second: Tensor, copy: Tensor, scale: Tensor
-) -> Any:
-    """Unscale and clip, PyTorch's fused AdamW, copy: one after the other."""
-    scaled = gradient.to(master.dtype) * scale
-    step = torch.full((), 3.0, device=master.device)
-    torch._fused_adamw_(
-        [master], [scaled], [first], [second], [], [step], lr=1e-3, beta1=0.9, beta2=0.95,
-        weight_decay=0.1, eps=1e-8, amsgrad=False, maximize=False,
-    )  # fmt: skip
-    copy.copy_(master)
-    return master, first, second, copy
-
-
-def _bucket(sizes: Sizes, device: torch.device) -> Inputs:
-    shapes = [(sizes.features, sizes.features), (sizes.features,), (3, sizes.features)]
-    gradients = [randn(device, *shape) for shape in shapes]
-    chunks = [-(-g.numel() // 4) for g in gradients]
-    offsets = [sum(-(-c // 32) * 32 for c in chunks[:k]) for k in range(len(chunks))]
-    out = torch.zeros(4, offsets[-1] + chunks[-1], device=device)
-    return gradients, out, offsets, chunks
-
-
-def _pack(gradients: list[Tensor], out: Tensor, offsets: list[int], chunks: list[int]) -> Tensor:
-    buckets.pack(gradients, out, offsets, chunks)
-    return out
-
-
-def _eager_pack(
-    gradients: list[Tensor], out: Tensor, offsets: list[int], chunks: list[int]
-) -> Tensor:
-    for gradient, offset, chunk in zip(gradients, offsets, chunks, strict=True):
-        flat = F.pad(gradient.reshape(-1), (0, 4 * chunk - gradient.numel()))
-        out[:, offset : offset + chunk] = flat.view(4, chunk)
-    return out
-
-
-def _packed_bytes(inputs: Inputs) -> int:
-    gradients, out, _, chunks = inputs
-    read = sum(g.numel() * g.element_size() for g in gradients)
-    return read + 4 * sum(chunks) * out.element_size()
-
-
-def _tokens(sizes: Sizes, device: torch.device) -> Inputs:
-    chosen = torch.randint(0, 8, (sizes.rows, 2), device=device)
-    gates = torch.rand(sizes.rows, 2, device=device)
-    return randn(device, sizes.rows, sizes.features), chosen, gates
-
-
-def _there_and_back(x: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
-    rows, source, _ = experts.permute(x, chosen, 8)
-    return experts.unpermute(rows, source, gates.to(x.dtype))
-
-
-def _rows(inputs: Inputs) -> tuple[int, int, int]:
-    x = inputs[0]
+def _rows(x: Tensor) -> tuple[int, int, int]:
     return x.shape[0], x.shape[1], x.element_size()
 
 
-CASES = (
+def _numel(x: Tensor) -> tuple[int, int]:
+    return x.numel(), x.element_size()
+
+
+STREAMING = (
     Case("rms_norm", _x_weight, lambda x, w: rms_norm.rms_norm(x, w, EPS), _norm,
-         lambda i: rms_norm.moved_bytes(*_rows(i))),
-    Case("rms_norm backward", _prepared_rms, OPS.rms_norm_backward,
-         lambda dy, x, w, _: _gradients(_norm, dy, x, w),
-         lambda i: rms_norm.moved_bytes(*_rows(i), backward=True), 0.8),
-    Case("add_rms_norm", _two_and_weight, lambda x, r, w: rms_norm.add_rms_norm(x, r, w, EPS),
+         lambda i: rms_norm.moved_bytes(*_rows(i[0]))),
+    backward("rms_norm backward", _for_rms, OPS.rms_norm_backward, _norm, 2,
+             lambda i: rms_norm.moved_bytes(*_rows(i[0]), backward=True)),
+    Case("add_rms_norm", _two_weight, lambda x, r, w: rms_norm.add_rms_norm(x, r, w, EPS),
          lambda x, r, w: (_norm(x + r, w), x + r),
-         lambda i: rms_norm.moved_bytes(*_rows(i), adds=True)),
-    Case("layer_norm", lambda s, d: (*_x_weight(s, d), randn(d, s.features)),
+         lambda i: rms_norm.moved_bytes(*_rows(i[0]), adds=True), roundings=2),
+    backward("add_rms_norm backward", _for_added_rms,
+             lambda dys, x, w, rstd: OPS.rms_norm_backward(dys[0], x, w, rstd, dys[1]),
+             _norm_and_total, 2,
+             lambda i: rms_norm.moved_bytes(*_rows(i[1]), adds=True, backward=True)),
+    Case("layer_norm", lambda s, d: _two_weight_bias(s, d)[1:],
          lambda x, w, b: layer_norm.layer_norm(x, w, b, EPS), _layer,
-         lambda i: layer_norm.moved_bytes(*_rows(i))),
-    Case("layer_norm backward", _prepared_layer,
-         lambda dy, x, w, b, mean, rstd: OPS.layer_norm_backward(dy, x, w, mean, rstd, True)[:3],
-         lambda dy, x, w, b, *_: _gradients(_layer, dy, x, w, b),
-         lambda i: layer_norm.moved_bytes(*_rows(i), backward=True), 0.8),
+         lambda i: layer_norm.moved_bytes(*_rows(i[0]))),
+    backward("layer_norm backward", _for_layer,
+             lambda dy, x, w, b, m, r: OPS.layer_norm_backward(dy, x, w, m, r, True)[:3],
+             _layer, 3, lambda i: layer_norm.moved_bytes(*_rows(i[0]), backward=True)),
+    Case("add_layer_norm", _two_weight_bias,
+         lambda x, r, w, b: layer_norm.add_layer_norm(x, r, w, b, EPS),
+         lambda x, r, w, b: (_layer(x + r, w, b), x + r),
+         lambda i: layer_norm.moved_bytes(*_rows(i[0]), adds=True), roundings=2),
     Case("swiglu", lambda s, d: _gates(s, d)[1:], swiglu.swiglu, lambda g, u: F.silu(g) * u,
-         lambda i: swiglu.moved_bytes(i[0].numel(), i[0].element_size())),
-    Case("swiglu backward", _gates, OPS.swiglu_backward,
-         lambda dy, g, u: _gradients(lambda a, b: F.silu(a) * b, dy, g, u),
-         lambda i: swiglu.moved_bytes(i[0].numel(), i[0].element_size(), backward=True)),
-    Case("rotary", _rotary, rotary.rotary, _rotate,
-         lambda i: rotary.moved_bytes(*i[0].shape, i[0].element_size())),
+         lambda i: swiglu.moved_bytes(*_numel(i[0]))),
+    backward("swiglu backward", _gates, OPS.swiglu_backward, lambda g, u: F.silu(g) * u, 2,
+             lambda i: swiglu.moved_bytes(*_numel(i[0]), backward=True), 0.9),
+    Case("rotary", _rotary, rotary.rotary, _rotate, lambda i: _rotated_bytes(i[0])),
+    Case("rotary in place", _rotary_by_angles, rotary.rotary_, _rotate,
+         lambda i: _rotated_bytes(i[0])),
+    backward("rotary backward", _for_rotary, _rotate_back, _rotate, 1,
+             lambda i: _rotated_bytes(i[0]), 0.9),
     Case("cross_entropy", _logits, _loss, _eager_loss,
-         lambda i: cross_entropy.moved_bytes(*_rows(i)), 0.85),
-    Case("cross_entropy gradient", _logits_and_sums, _loss_gradient, _eager_loss_gradient,
-         lambda i: cross_entropy.moved_bytes(*_rows(i), backward=True), 0.85),
-    Case("adamw", _optimizer, _fused_adamw, _unfused_adamw,
-         lambda i: adamw.moved_bytes(i[0].numel(), 2, 2), in_place=True),
-    Case("bucket pack", _bucket, _pack, _eager_pack, _packed_bytes, in_place=True),
-    Case("experts there and back", _tokens, _there_and_back,
-         lambda x, chosen, gates: x * gates.sum(1, keepdim=True).to(x.dtype),
-         lambda i: 6 * i[0].numel() * i[0].element_size(), None),
+         lambda i: cross_entropy.moved_bytes(*_rows(i[0])), 0.85),
+    backward("cross_entropy gradient", _for_loss, _loss_gradient, _eager_loss, 1,
+             lambda i: cross_entropy.moved_bytes(*_rows(i[1]), backward=True), 0.85),
+    Case("cross_entropy, loss and gradient in place", _logits, _loss_gradient_,
+         _eager_loss_gradient_,
+         lambda i: cross_entropy.moved_bytes(*_rows(i[0]))
+         + cross_entropy.moved_bytes(*_rows(i[0]), backward=True), 0.85),
 )  # fmt: skip

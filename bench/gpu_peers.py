@@ -1,122 +1,180 @@
 """Kernels with peers, for bench/gpu.py: right results in several processes that share one GPU, and
-the time of both overlapped products with all flags preset."""
+peers that are this process itself, for timing."""
 
 from __future__ import annotations
 
 import os
 import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from gpu_check import excess
 from torch import Tensor
 
-from galvatron_compile.kernels import all_gather_matmul, all_reduce, matmul_reduce_scatter, sum_norm
-from galvatron_compile.kernels.peers import Peers, _num_flags, _symmetric, make_peers, register
+from galvatron_compile.kernels import (
+    all_gather_matmul,
+    all_reduce,
+    matmul_reduce_scatter,
+    scatter_norm,
+    sum_norm,
+)
+from galvatron_compile.kernels.peers import Peers, Symmetric, make_peers, register
 
 NAME = "bench"
+UP = 2**62  # a flag that is up for every epoch
+# Rows of a rank in the rounds, one after the other: one size fits the tiles, the other does not.
+ROWS = {"cpu": (8, 5), "cuda": (128, 100)}
+LARGE = 160 << 10  # elements: more than one-shot all-reduce takes
 
 
-def check_in_processes(size: int, rounds: int, device: str) -> str:
-    """Empty if ``rounds`` rounds of every kernel were right on ``size`` processes, else what was
-    wrong. Processes share a GPU through symmetric memory, or memory under the interpreter."""
+@dataclass(frozen=True)
+class Rounds:
+    """How it went: rounds that were right on every rank, and what was wrong, if anything was."""
+
+    size: int
+    seed: int
+    passed: int
+    wrong: str = ""
+
+
+def check_in_processes(
+    size: int, rounds: int, device: str, seed: int, seconds: float,
+    play: Callable[..., None] | None = None,
+) -> Rounds:  # fmt: skip
+    """``rounds`` rounds of every kernel on ``size`` processes; killed after so many seconds.
+
+    Processes share a GPU through symmetric memory, or memory under the interpreter.
+    play: what a round does; default: every kernel with peers.
+    """
     # Several ranks on one device are refused otherwise; NCCL never takes them, so gloo agrees.
     os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    until = time.monotonic() + seconds
+    passed = torch.zeros(size, dtype=torch.int64).share_memory_()
+    given = (size, port, rounds, device, seed, passed, play or _round)
+    started: Any = torch.multiprocessing.spawn(_rank, given, nprocs=size, join=False)
     try:
-        torch.multiprocessing.spawn(_rank, (size, port, rounds, device), nprocs=size)
+        while time.monotonic() < until:
+            if started.join(timeout=1.0):
+                return Rounds(size, seed, int(passed.min()))
     except Exception as error:
-        return str(error).strip().split("\n")[-1]
-    return ""
+        text = str(error).strip().split("\n")[-1]
+        return Rounds(size, seed, int(passed.min()), text)
+    finally:
+        for process in started.processes:
+            if process.is_alive():
+                process.kill()
+            process.join(10)
+    return Rounds(size, seed, int(passed.min()))
 
 
-def _rank(rank: int, size: int, port: int, rounds: int, device: str) -> None:
+def _rank(
+    rank: int, size: int, port: int, rounds: int, device: str, seed: int, passed: Tensor,
+    play: Callable[..., None],
+) -> None:  # fmt: skip
     torch.set_num_threads(1)
     where = f"tcp://127.0.0.1:{port}"
     dist.init_process_group("gloo", init_method=where, rank=rank, world_size=size)
-    tiny = device == "cpu"
+    if device == "cuda":
+        torch.cuda.set_device(0)
     peers = register(NAME, make_peers(capacity_bytes=1 << 22, device=device))
-    generator = torch.Generator().manual_seed(7)  # the same inputs are drawn on every rank
-    dtype = torch.float32 if tiny else torch.bfloat16
+    # All ranks draw the inputs of all, so each knows what the others have.
+    generator = torch.Generator(device).manual_seed(seed)
     for turn in range(rounds):
-        _round(turn, peers, generator, dtype, device, 8 if tiny else 128)
-    if device != "cpu":
-        torch.cuda.synchronize()
-    peers.check()
+        play(turn, peers, generator, device)
+        peers.check()
+        passed[rank] = turn + 1
     dist.destroy_process_group()
 
 
-def _round(
-    turn: int, peers: Peers, generator: torch.Generator, dtype: torch.dtype, device: str, m: int
-) -> None:
-    n, rank = peers.size, peers.rank
+def _round(turn: int, peers: Peers, generator: torch.Generator, device: str) -> None:
+    """Every kernel once; the device is waited for once, at the end.
+
+    Raises:
+        RuntimeError: which results are wrong.
+    """
+    n, rank, m = peers.size, peers.rank, ROWS[device][turn % 2]
+    # The interpreter cuts bfloat16 off, so it has float32.
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    found: dict[str, Tensor] = {}
 
     def drawn(*shape: int) -> list[Tensor]:
-        values = torch.randn((n, *shape), generator=generator)
-        return list(values.to(dtype).to(device))
+        values = torch.randn((n, *shape), generator=generator, device=device)
+        return list(values.to(dtype))
 
-    xs, weights = drawn(m, 2 * m), drawn(3 * m, 2 * m)
+    def same(what: str, got: Tensor, exact: Tensor, roundings: int = 1) -> None:
+        found[what] = excess(got, exact, roundings)
+
+    xs, weights, whole = drawn(m, 2 * m), drawn(3 * m, 2 * m), drawn(n * m, 2 * m)
     y, gathered = all_gather_matmul.all_gather_matmul(xs[rank], weights[rank], n, NAME)
-    same(turn, "gathered", gathered, torch.cat(xs), 1)
-    wanted = all_gather_matmul.all_gather_matmul_reference(xs, weights)[rank]
-    same(turn, "all_gather_matmul", y, wanted, 2 * m)
-    whole = drawn(n * m, 2 * m)
+    same("gathered", gathered, torch.cat(xs))
+    exact = all_gather_matmul.all_gather_matmul_reference(xs, weights)[rank]
+    same("all_gather_matmul", y, exact)
     z = matmul_reduce_scatter.matmul_reduce_scatter(whole[rank], weights[rank], n, NAME)
-    wanted = matmul_reduce_scatter.matmul_reduce_scatter_reference(whole, weights)[rank]
-    same(turn, "matmul_reduce_scatter", z, wanted, 2 * m * n)
+    exact = matmul_reduce_scatter.matmul_reduce_scatter_reference(whole, weights)[rank]
+    same("matmul_reduce_scatter", z, exact, 2)
     total = all_reduce.all_reduce_peers(xs[rank], n, NAME)
-    same(turn, "all_reduce", total, all_reduce.all_reduce_reference(xs), n)
-    scale = drawn(2 * m)[0]
-    found = sum_norm.all_reduce_add_rms_norm(xs[rank], total, scale, 1e-5, n, NAME)
-    expected = sum_norm.sum_norm_reference(xs, total, scale, 1e-5)
-    for one, other in zip(found, expected, strict=True):
-        same(turn, "all_reduce_add_rms_norm", one, other, 16)
-
-
-def same(turn: int, what: str, got: Tensor, wanted: Tensor, length: int) -> None:
-    """RuntimeError unless as exact as a sum of ``length`` products of normal numbers, of which each
-    rank's part is rounded."""
-    bound = 20 * length**0.5 * (torch.finfo(got.dtype).eps + length * 2.0**-23)
-    error = float((got.double() - wanted).abs().max())
-    if not error <= bound:
-        raise RuntimeError(f"round {turn}: {what} is off by {error:g}, more than {bound:g}")
-
-
-def alone(size: int, capacity_bytes: int, device: torch.device) -> Peers:
-    """Peers that are all this process itself: addresses are there, nobody else is."""
-    num_slots = 4096
-    flag_bytes = 8 * _num_flags(size, num_slots)
-    whole = torch.zeros(flag_bytes + 2 * capacity_bytes, dtype=torch.uint8, device=device)
-    memory = _symmetric(
-        [whole] * size, 0, flag_bytes, capacity_bytes, num_slots, 1000, []
+    same("all_reduce", total, all_reduce.all_reduce_reference(xs))
+    if device == "cuda" or turn == 0:  # slow in the interpreter
+        large = drawn(LARGE)
+        two_shot = all_reduce.all_reduce_peers(large[rank], n, NAME)
+        same("all_reduce, large", two_shot, all_reduce.all_reduce_reference(large))
+    mine = all_reduce.reduce_scatter_peers(whole[rank], n, NAME)
+    same("reduce_scatter", mine, all_reduce.all_reduce_reference(whole).chunk(n)[rank])
+    all_rows = all_reduce.all_gather_peers(xs[rank], n, NAME)
+    same("all_gather", all_rows, torch.cat(xs))
+    residual, scale = drawn(m, 2 * m)[0], drawn(2 * m)[0]
+    ends = sum_norm.all_reduce_add_rms_norm(xs[rank], residual, scale, 1e-5, n, NAME)
+    wanted = sum_norm.sum_norm_reference(xs, residual, scale, 1e-5)
+    for what, one, other in zip(("normed", "total"), ends, wanted, strict=True):
+        same(f"all_reduce_add_rms_norm, {what}", one, other)
+    ends = scatter_norm.reduce_scatter_add_rms_norm(
+        whole[rank], xs[rank], weights[rank][0], 1e-5, n, NAME
     )
-    return Peers(0, size, None, memory)
+    given = whole, xs, [weight[0] for weight in weights]
+    wanted = scatter_norm.scatter_norm_reference(*given, 1e-5)[rank]
+    for what, one, other in zip(("normed", "total"), ends, wanted, strict=True):
+        same(f"reduce_scatter_add_rms_norm, {what}", one, other)
+    times = torch.stack([x.to(device) for x in found.values()]).tolist()
+    wrong = [f"{k} by {x:.3g}" for k, x in zip(found, times, strict=True) if not x <= 1]
+    if wrong:
+        raise RuntimeError(f"round {turn}: times the tolerance: {', '.join(wrong)}")
 
 
-def preset_products(device: torch.device) -> list[tuple[str, Any, Any, float]]:
-    """(name, kernel, cuBLAS, flops) of both products as one rank of 8 of a 70B model runs them."""
-    n, m, k, out = 8, 1024, 8192, 3584
-    peers = alone(n, 2 * n * m * max(k, out), device)
-    x = torch.randn(m, k, device=device).bfloat16()
-    weight = torch.randn(out, k, device=device).bfloat16()
-    gathered = torch.randn(n * m, k, device=device).bfloat16()
-    y = gathered.new_empty(n * m, out)
-    rows = torch.randn(n * m, out, device=device).bfloat16()
-    back = torch.randn(k, out, device=device).bfloat16()
-    z = rows.new_empty(m, k)
-    return [
-        (
-            "all_gather_matmul",
-            lambda: all_gather_matmul.launch(x, weight, y, gathered, peers, ready=True),
-            lambda: gathered @ weight.t(),
-            2.0 * n * m * k * out,
-        ),
-        (
-            "matmul_reduce_scatter",
-            lambda: matmul_reduce_scatter.launch(rows, back, z, peers, ready=True),
-            lambda: rows @ back.t(),
-            2.0 * n * m * k * out,
-        ),
-    ]
+def alone(
+    size: int, capacity_bytes: int, device: torch.device, *, far: bool = False
+) -> tuple[Peers, list[Tensor]]:
+    """Rank 0 of ``size`` ranks of which the others are not there: all flags they would raise are
+    up. Also every rank's data, uint8 ``[2, capacity_bytes]``: the halves for even and odd epochs.
+
+    far: the others' data lies in pinned memory of the host, behind PCIe, which stands for a link.
+    """
+    num_slots = 4096
+    pads = [_pad(size, num_slots, device) for _ in range(size)]
+    place: dict[str, Any] = {"device": device}
+    if far and device.type == "cuda":
+        place = {"pin_memory": True}  # the GPU reads and writes it at the same address
+    data = [torch.zeros(2, capacity_bytes, dtype=torch.uint8, device=device)]
+    for _ in range(1, size):
+        data.append(torch.zeros(2, capacity_bytes, dtype=torch.uint8, **place))
+    memory = Symmetric(
+        buffers=torch.tensor([x.data_ptr() for x in data], device=device),
+        pads=torch.tensor([x.data_ptr() for x in pads], device=device),
+        data=data[0],
+        pad=pads[0],
+        capacity_bytes=capacity_bytes,
+        num_slots=num_slots,
+        max_polls=1_000_000,
+        owners=[*pads, *data],
+    )
+    return Peers(0, size, None, memory), data
+
+
+def _pad(size: int, num_slots: int, device: torch.device) -> Tensor:
+    return torch.full((2 * size * num_slots + size,), UP, dtype=torch.int64, device=device)
