@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from peer_checks import EPS, NAME, epochs_of, near, of_all_ranks, poisoned
+from peer_checks import EPS, NAME, as_fake, come_late, epochs_of, near, of_all_ranks, poisoned
 
 from galvatron_compile.kernels import all_gather_matmul as tested
 
@@ -32,11 +32,13 @@ def compare(
         x, weight = x.t().contiguous().t(), torch.stack([weight, weight], -1)[..., 0]
     x.requires_grad_(), weight.requires_grad_()
     found: list[torch.Tensor] = []
+    come_late(peers, seed)
 
     def run() -> None:
         y, gathered = tested.all_gather_matmul(x, weight, size, NAME)
         both = torch.autograd.grad((y, gathered), (x, weight), (dys[rank], dgathered[rank]))
         found.extend((y, gathered, *both))
+        as_fake(tested.all_gather_matmul, (x, weight, size, NAME), (y, gathered))
 
     # Forward, its mirror, and the scatter of the gradient of what was gathered.
     assert not kernels or epochs_of(peers, run) == 3
@@ -76,3 +78,32 @@ def test_kernels_equal_the_float64_reference(
     interpreted: Any, size: int, sizes: Any, dtype: torch.dtype, odd_strides: bool, seed: int
 ) -> None:
     interpreted(size).run(check, seed, sizes, dtype, odd_strides, True)
+
+
+def at_the_edges() -> None:
+    """Sizes of zero; more than the memory or its flags take."""
+    with poisoned(capacity_bytes=4096, num_slots=2) as peers:
+        n, rank = peers.size, peers.rank
+        for m, k, out, epochs in ((3, 4, 0, 1), (3, 0, 4, 0), (0, 4, 3, 0), (64, 16, 3, 1),
+                                  (64, 17, 3, 0), (65, 2, 3, 0)):  # fmt: skip
+            x, found = torch.full((m, k), float(rank)), []
+
+            def run(x: torch.Tensor = x, out: int = out, found: list[Any] = found) -> None:
+                weight = torch.ones(out, x.shape[1])
+                found.extend(tested.all_gather_matmul(x, weight, n, NAME))
+
+            assert epochs_of(peers, run) == epochs, (m, k, out)
+            rows = torch.arange(n).float().repeat_interleave(m)[:, None]
+            assert torch.equal(found[0], k * rows.expand(n * m, out))
+            assert torch.equal(found[1], rows.expand(n * m, k))
+
+
+def test_empty_tensors_and_those_that_do_not_fit(interpreted: Any) -> None:
+    interpreted(2).run(at_the_edges)
+
+
+def test_alone() -> None:
+    x, weight = torch.randn(4, 3), torch.randn(5, 3)
+    y, gathered = tested.all_gather_matmul(x, weight, 1, "nobody")
+    assert torch.equal(gathered, x) and gathered.data_ptr() != x.data_ptr()
+    near(y, tested.all_gather_matmul_reference([x], [weight])[0], 3)

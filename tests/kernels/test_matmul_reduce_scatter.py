@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
-from peer_checks import EPS, NAME, epochs_of, near, of_all_ranks, poisoned
+from peer_checks import (
+    EPS,
+    NAME,
+    as_fake,
+    check_synchronisation,
+    come_late,
+    epochs_of,
+    near,
+    of_all_ranks,
+    poisoned,
+    slow_reader,
+)
 
 from galvatron_compile.kernels import all_gather_matmul
 from galvatron_compile.kernels import matmul_reduce_scatter as tested
@@ -27,10 +39,12 @@ def check(
             x, weight = x.t().contiguous().t(), torch.stack([weight, weight], -1)[..., 0]
         x.requires_grad_(), weight.requires_grad_()
         found: list[torch.Tensor] = []
+        come_late(peers, seed)
 
         def run() -> None:
             y = tested.matmul_reduce_scatter(x, weight, n, NAME)
             found.extend((y, *torch.autograd.grad(y, (x, weight), dys[rank])))
+            as_fake(tested.matmul_reduce_scatter, (x, weight, n, NAME), (y,))
 
         assert not kernels or epochs_of(peers, run) == 2  # forward and its mirror
         if not kernels:
@@ -68,16 +82,30 @@ def test_kernels_equal_the_float64_reference(
 
 
 def in_turn(times: int) -> None:
-    """Both products by turns, without a barrier between them."""
+    """Both products by turns, without a barrier between them; then each with a slow reader."""
     with poisoned() as peers:
         n, rank = peers.size, peers.rank
         weight = torch.eye(4)
-        for turn in range(times):
+
+        def gather(turn: int) -> torch.Tensor:
             x = torch.full((2, 4), float(turn + rank))
             y, _ = all_gather_matmul.all_gather_matmul(x, weight, n, NAME)
             assert y[::2, 0].tolist() == [turn + r for r in range(n)], turn
+            return y
+
+        def scatter(turn: int, y: torch.Tensor) -> None:
             z = tested.matmul_reduce_scatter(y, weight, n, NAME)
             assert z.tolist() == [[n * (turn + rank)] * 4] * 2, turn
+
+        for turn in range(times):
+            scatter(turn, gather(turn))
+        for slow in range(n):
+            with slow_reader() if slow == rank else nullcontext():
+                for turn in range(3):
+                    gather(turn)
+                for turn in range(3):
+                    rows = torch.arange(n).float().repeat_interleave(2)[:, None]
+                    scatter(turn, (turn + rows).expand(2 * n, 4))
 
 
 @pytest.mark.parametrize(("size", "times"), [(2, 100), (4, 20)])
@@ -85,9 +113,72 @@ def test_many_in_a_row_are_right(interpreted: Any, size: int, times: int) -> Non
     interpreted(size).run(in_turn, times)
 
 
+def one_gradient() -> None:
+    """Where only one factor needs a gradient, only that is made."""
+    with poisoned() as peers:
+        n, rank = peers.size, peers.rank
+        x, weight = torch.full((n, 2), 3.0), torch.full((4, 2), 5.0)
+        dy = torch.full((1, 4), float(rank))
+        for needs_x in (True, False):
+            factor = (x if needs_x else weight).requires_grad_()
+            found: list[torch.Tensor] = []
+
+            def run(factor: torch.Tensor = factor, found: list[torch.Tensor] = found) -> None:
+                y = tested.matmul_reduce_scatter(x, weight, n, NAME)
+                found.extend(torch.autograd.grad(y, factor, dy))
+
+            assert epochs_of(peers, run) == 2
+            rows = torch.arange(n).float()[:, None].expand(n, 4)
+            wanted = rows @ weight if needs_x else rows.t() @ x
+            assert torch.equal(found[0], wanted.detach())
+            factor.requires_grad_(False)
+
+
+def test_gradient_of_one_factor(interpreted: Any) -> None:
+    interpreted(2).run(one_gradient)
+
+
+def at_the_edges() -> None:
+    """Sizes of zero; more than the memory or its flags take."""
+    with poisoned(capacity_bytes=4096, num_slots=2) as peers:
+        n, rank = peers.size, peers.rank
+        for m, k, out, epochs in ((3, 4, 0, 0), (3, 0, 4, 1), (0, 4, 3, 0), (16, 3, 32, 1),
+                                  (33, 3, 1, 1), (32, 3, 17, 0), (65, 3, 1, 0)):  # fmt: skip
+            x, found = torch.full((n * m, k), float(1 + rank)), []
+
+            def run(x: torch.Tensor = x, out: int = out, found: list[Any] = found) -> None:
+                weight = torch.ones(out, x.shape[1])
+                found.append(tested.matmul_reduce_scatter(x, weight, n, NAME))
+
+            assert epochs_of(peers, run) == epochs, (m, k, out)
+            assert torch.equal(found[0], torch.full((m, out), float(k * sum(range(n + 1)))))
+
+
+def test_empty_tensors_and_those_that_do_not_fit(interpreted: Any) -> None:
+    interpreted(2).run(at_the_edges)
+
+
+def test_alone() -> None:
+    x, weight = torch.randn(4, 3), torch.randn(5, 3)
+    y = tested.matmul_reduce_scatter(x, weight, 1, "nobody")
+    near(y, tested.matmul_reduce_scatter_reference([x], [weight])[0], 3)
+
+
 def test_rows_that_do_not_divide_are_refused() -> None:
     with pytest.raises(ValueError, match="5 rows cannot be scattered to 2 ranks; pad them"):
         tested.matmul_reduce_scatter(torch.ones(5, 3), torch.ones(2, 3), 2, NAME)
+
+
+@pytest.mark.parametrize(
+    "weight", [torch.ones(2, 2), torch.ones(2, 3).half(), torch.ones(3)], ids=["k", "dtype", "dim"]
+)
+@pytest.mark.parametrize(
+    "product", [tested.matmul_reduce_scatter, all_gather_matmul.all_gather_matmul]
+)
+def test_factors_that_do_not_fit_are_refused(product: Any, weight: torch.Tensor) -> None:
+    """A kernel would read what lies behind them."""
+    with pytest.raises(ValueError, match=r"x must be \[rows, k\] and weight \[out, k\] of one"):
+        product(torch.ones(4, 3), weight, 2, NAME)
 
 
 CASES = [*all_gather_matmul.ahead(), *tested.ahead()]
@@ -103,9 +194,4 @@ def test_machine_code(place: int, capability: int) -> None:
     assert made.spilled_bytes == 0
     assert made.num_tensor_core > 0 and (capability == 80 or made.num_wgmma > 0)
     assert made.num_wide_stores > 0
-    lines = made.ptx.splitlines()
-    releases = [at for at, line in enumerate(lines) if "atom" in line and "sys.release" in line]
-    assert releases and any("sys.acquire" in line for line in lines)
-    for at in releases:
-        before = [x for x in lines[:at] if "bar.sync" in x or "st.global" in x]
-        assert before and "bar.sync" in before[-1], "stores are not ordered before the release"
+    check_synchronisation(made)
