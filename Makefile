@@ -45,7 +45,7 @@ check: $(READY)  ## lint, formatting rules and strict types
 bench: $(READY)  ## step time against the same strategies written by hand
 	$(RUN_RANKS) 2 bench/step_time.py
 
-bench-gpu: $(READY)  ## every kernel on one GPU: right, and how near to the roofline
+bench-gpu: $(READY)  ## every kernel on one GPU: right, and how near to the roofline (9 minutes)
 	$(BIN)/python bench/gpu.py
 
 bench-plan: $(READY)  ## the planner: search, capture by depth, Galvatron's own numbers (5 minutes)

@@ -1,0 +1,219 @@
+"""The parts of bench/gpu.py that need no GPU: tolerance, what is timed, order, report, worker."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+BENCH = Path(__file__).resolve().parents[2] / "bench"
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.syspath_prepend(str(BENCH))
+    yield
+    for name in [name for name in sys.modules if name == "gpu" or name.startswith("gpu_")]:
+        del sys.modules[name]
+
+
+def test_tolerance_is_by_element_and_in_the_mean(seed: int) -> None:
+    from gpu_check import excess
+
+    torch.manual_seed(seed)
+    exact = torch.randn(512, 96, dtype=torch.float64)
+    rounded = exact.bfloat16()
+    assert excess(rounded, exact) <= 1
+    for factor in (0.99, 1.01):  # everywhere
+        assert excess((factor * exact).bfloat16(), exact) > 1
+    one_off = rounded.clone()
+    place = tuple(int(i) for i in (exact.abs() - 0.5).abs().argmin().unsqueeze(0).tolist())
+    one_off.view(-1)[place] *= 1.02
+    assert excess(one_off, exact) > 1
+    assert not excess(torch.full_like(rounded, float("nan")), exact) <= 1
+    assert excess(rounded[:5], exact) > 1
+    assert excess(exact.float(), exact) <= 1 < excess(1.0001 * exact.float(), exact)
+    whole = torch.arange(9)
+    assert excess(whole, whole.clone()) <= 1 < excess(whole.flip(0), whole)
+
+
+def test_of_a_gradient_the_backward_alone_is_called(seed: int) -> None:
+    from gpu_cases import TINY, backward
+    from gpu_measure import Bench
+    from gpu_timer import Timed
+
+    forwards = 0
+
+    def forward(x: Tensor, factor: Tensor) -> Tensor:
+        nonlocal forwards
+        forwards += 1
+        return x * factor
+
+    def repeated(call: Callable[[], Any]) -> Timed:
+        nonlocal forwards
+        forwards = 0
+        results = [call() for _ in range(3)]
+        assert forwards == 0 and len(results) == 3
+        return Timed(2.0, late=True)
+
+    def make(sizes: Any, device: torch.device) -> tuple[Tensor, ...]:
+        return tuple(torch.randn(4, 3, device=device) for _ in range(3))
+
+    case = backward("product", make, lambda dy, x, factor: dy * factor, forward, 1, lambda i: 48)
+    bench = Bench(
+        [case], TINY, {}, torch.device("cpu"), repeated, seed,
+        lambda function, **_: torch.compile(function, backend="aot_eager"),
+    )  # fmt: skip
+    wrong, row = bench.answer("case", "product")
+    assert wrong == [] and row.over == {"eager": 1.0} and row.late == ("kernel", "eager")
+    assert bench.answer("compiled", "product") == Timed(2.0, late=True)
+
+
+def test_a_compiled_backward_runs_many_times(seed: int) -> None:
+    """Of every case that is compiled on the GPU, with the front end of the compiler."""
+    from gpu_cases import TINY
+    from gpu_flat import CASES
+    from gpu_measure import Bench
+    from gpu_timer import Timed
+
+    def twice(call: Callable[[], Any]) -> Timed:
+        call()
+        call()
+        return Timed(1.0)
+
+    bench = Bench(
+        CASES, TINY, {}, torch.device("cpu"), twice, seed,
+        lambda function, **_: torch.compile(function, backend="aot_eager"),
+    )  # fmt: skip
+    for case in CASES:
+        if case.forward is not None and case.compiles:
+            assert bench.answer("compiled", case.name) == Timed(1.0), case.name
+
+
+class Answers:
+    """Stands for a worker. clock_s: of how long everything has taken; a question takes 10."""
+
+    def __init__(self, folder: Path) -> None:
+        self.clock_s, self.folder, self.asked = 0.0, folder, 0
+
+    def __call__(self, verb: str, name: str, seconds: float) -> Any:
+        from gpu_report import Row
+        from gpu_timer import Timed
+        from gpu_worker import Failed
+
+        self.asked += 1
+        self.clock_s += 10
+        if verb == "machine":
+            return {"gpu": "NVIDIA Toy [1]"}
+        if verb == "ceilings":
+            return {"copy_bytes_per_s": 4e12, "matmul_flops_per_s": 8e14}
+        if verb == "compiled":
+            return Timed(6.0, late=True)
+        if name == "breaks":
+            raise Failed("no answer in 60 s: killed")
+        wrong = ["off: result 0 is off by 7 times its tolerance"] if name == "off" else []
+        over = {"eager": 1.2, "another [way]": 1.1}
+        row = Row(name, 2.0, "copy", None, 3e12, 0.9, over, over_target=1.3, eager_is="in words")
+        return wrong, row
+
+    def play(self, size: int, seconds: float) -> Any:
+        from gpu_peers import Rounds
+
+        self.clock_s += seconds
+        return Rounds(size, 11, 400 if size == 2 else 9, "" if size == 2 else "normed by 3")
+
+
+def test_a_run_keeps_what_it_has_when_something_fails_or_time_is_out(tmp_path: Path) -> None:
+    import gpu
+    from gpu_report import Report, show
+    from rich.console import Console
+
+    answers, report = Answers(tmp_path), Report(folder=tmp_path)
+    names = ["first", "breaks", "off", "last"]
+    gpu.run(names, ["first", "breaks", "off"], answers, answers.play, report,
+            lambda: 375.0 - answers.clock_s)  # fmt: skip
+    # 80 s of questions, then rounds of 110 s and 110 s, products over the link, and one compiled.
+    found = json.loads((tmp_path / "gpu_NVIDIA_Toy_1_.json").read_text())
+    assert [row["name"] for row in found["rows"]] == [
+        "gather", "scatter", "first", "off", "last",
+    ]  # fmt: skip
+    assert report.status() == 1
+    assert found["failed"] == {"case breaks": "no answer in 60 s: killed"}
+    assert found["wrong"] == [
+        "off: result 0 is off by 7 times its tolerance",
+        "4 processes, 9 rounds right, then: normed by 3",
+    ]
+    assert found["left_out"] == {
+        "1000 rounds of 2 processes": "out of time after 400, all right",
+        "compiled off": "out of time",
+    }
+    first = found["rows"][2]
+    assert first["share"] == 0.75 and first["reached"] is False
+    assert first["over"]["compiled"] == 3.0 and first["late"] == ["compiled"]
+    assert [done["seed"] for done in found["rounds"]] == [11, 11]
+    out = io.StringIO()
+    show(report, Console(file=out, width=150))
+    for text in ("75.0%", "90%, 1.3x eager", "3.00", "first: eager is in words",
+                 "first: 1.10 over another [way]", "launches count in compiled",
+                 "2 processes: 400 of 1000 rounds right, seed 11",
+                 "left out: compiled off: out of time", "failed: case breaks: no answer",
+                 "wrong: off: result 0 is off by 7"):  # fmt: skip
+        assert text in out.getvalue(), out.getvalue()
+    assert "Liger" not in out.getvalue()
+
+
+def test_every_row_is_saved_before_the_next(tmp_path: Path) -> None:
+    import gpu
+    from gpu_report import Report
+
+    class Dies(Answers):
+        def __call__(self, verb: str, name: str, seconds: float) -> Any:
+            if name == "dies":
+                raise KeyboardInterrupt
+            return super().__call__(verb, name, seconds)
+
+    answers = Dies(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        gpu.run(["first", "dies"], [], answers, answers.play, Report(folder=tmp_path), lambda: 99.0)
+    [file] = tmp_path.iterdir()
+    assert [row["name"] for row in json.loads(file.read_text())["rows"]][-1] == "first"
+
+
+def test_a_worker_is_replaced_after_it_hung_or_lost_its_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gpu_toy.py").write_text(
+        "import os, time\n"
+        "def make():\n"
+        "    def answer(verb, name):\n"
+        "        if verb == 'hang': time.sleep(600)\n"
+        "        if verb == 'die': os._exit(3)\n"
+        "        if verb == 'raise': raise ValueError(name)\n"
+        "        return os.getpid()\n"
+        "    return answer\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    from gpu_toy import make
+    from gpu_worker import Failed, Worker
+
+    worker = Worker(make)
+    first = worker.ask("pid", "", 300.0)
+    with pytest.raises(Failed, match="ValueError: no such thing"):
+        worker.ask("raise", "no such thing", 300.0)
+    assert worker.ask("pid", "", 300.0) == first
+    with pytest.raises(Failed, match="CUDA error: misaligned address"):
+        worker.ask("raise", "CUDA error: misaligned address", 300.0)
+    second = worker.ask("pid", "", 300.0)
+    with pytest.raises(Failed, match="no answer in 1 s: killed"):
+        worker.ask("hang", "", 1.0)
+    with pytest.raises(Failed, match="its process died, exit code 3"):
+        worker.ask("die", "", 300.0)
+    assert len({first, second, worker.ask("pid", "", 300.0)}) == 3
+    worker.stop()
