@@ -51,13 +51,20 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def runs_kernels(*tensors: Tensor) -> bool:
-    """Whether operators on these tensors launch Triton kernels rather than PyTorch's."""
+    """Whether operators on these tensors launch Triton kernels rather than PyTorch's.
+
+    Triton launches on the current device, whatever device its arguments are of.
+    """
     if not HAS_TRITON:
         return False
     floats = [x for x in tensors if x.is_floating_point()]
     if any(x.dtype not in KERNEL_DTYPES for x in floats):
         return False
-    return INTERPRETED or all(x.is_cuda for x in tensors)
+    if INTERPRETED:
+        return True
+    return all(x.is_cuda for x in tensors) and all(
+        x.get_device() == torch.cuda.current_device() for x in tensors
+    )
 
 
 def exact(x: Tensor) -> Tensor:

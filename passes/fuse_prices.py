@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from galvatron_compile import collectives
+from galvatron_compile import collectives, operators
 from galvatron_compile.cluster import ClusterProfile
 from galvatron_compile.errors import GalvatronError
 from galvatron_compile.kernels.base import HAS_TRITON, KERNEL_DTYPES
@@ -21,6 +21,14 @@ from galvatron_compile.torch_private import size_expression
 
 # Of what the separate operators take; less is within what predictions miss. And at least a launch.
 LEAST_GAIN = 0.05
+
+
+# Passes over the logits, besides that which reads them, each of a kernel of its own: the logarithms
+# of probabilities written (whole); a maximum, a difference, an exponential and a sum (shards).
+_PASSES: dict[Any, int] = {
+    operators.cross_entropy_sum: 1,
+    operators.cross_entropy_sum_shard: 5,
+}
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,8 @@ class Prices:
             return "", None
         apart_ms, fused_ms = self._overlap_ms(match, axis) if overlaps else self._stream_ms(match)
         saves_ms = apart_ms - fused_ms
+        if saves_ms == 0:
+            return "it is one kernel already", saves_ms
         if saves_ms < max(LEAST_GAIN * apart_ms, self.cluster.least_ms):
             return f"too small: {apart_ms:.3f} ms apart, {fused_ms:.3f} ms as one", saves_ms
         return "", saves_ms
@@ -83,9 +93,18 @@ class Prices:
             if _moves_nothing(node) or is_call(node, collectives.all_reduce):
                 continue
             moved = sum(self.num_bytes(x) for x in [node, *node.all_input_nodes])
-            apart_ms += self.cluster.memory_ms(moved)
+            apart_ms += self.cluster.memory_ms(moved) + self._inside_ms(node)
         moved = sum(self.num_bytes(x) for x in [*inputs(match), *match.outputs])
         return apart_ms, self.cluster.memory_ms(moved)
+
+    def _inside_ms(self, node: Node) -> float:
+        """Of one operator that is several kernels: what moves besides its inputs and output."""
+        assert self.cluster is not None
+        if node.target not in _PASSES:
+            return 0.0
+        logits = node.args[0] if node.args else node.kwargs["logits"]
+        num_bytes = self.numel(logits) * max(4, val(logits).dtype.itemsize)
+        return _PASSES[node.target] * self.cluster.memory_ms(num_bytes)
 
     def _overlap_ms(self, match: Match, axis: Axis | None) -> tuple[float, float]:
         """The product and the collective one after the other, against the longer of two roads: the

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -29,6 +30,7 @@ from galvatron_compile.printer import fingerprint, format_graph
 from galvatron_compile.program import StageProgram
 
 BATCH = 4
+CLUSTER = ClusterProfile.preset("8xH100")
 
 
 @cache
@@ -150,6 +152,51 @@ def test_float64_has_no_kernel() -> None:
     assert found["swiglu"].why_not == "no kernel for float64"
 
 
+def test_a_loss_is_several_kernels() -> None:
+    """As one operator of the graph too, here of logits that are float32 to begin with."""
+    cases = [
+        ("dp2", "cross_entropy", llama(torch.float32, 4096, 4096), 1),
+        ("tp2.sp", "vocabulary-parallel cross_entropy", llama(), 5),
+    ]
+    for text, name, layered, passes in cases:
+        _, fusions = fuse(program(layered, text, "cuda"), CLUSTER)
+        [found] = [fusion for fusion in fusions if fusion.name == name]
+        assert len(found.covers) == 1 and found.taken, found
+        logits = 2 * 4096 * 64 * 4 if text == "dp2" else 4 * 12 * 32 * 4
+        assert found.saves_ms == pytest.approx(passes * CLUSTER.memory_ms(logits), rel=0.05)
+
+
+def test_what_is_one_kernel_already_stays() -> None:
+    module = variant(lambda x, weight: F.rms_norm(x, (8,), weight, 1e-6))
+    layered = understand(module, {"x": torch.randn(BATCH, 8, 8)}, None, Precision())
+    _, fusions = fuse(program(layered, "dp2", "cuda"), CLUSTER)
+    verdicts = {(fusion.name, fusion.why_not) for fusion in fusions}
+    assert ("rms_norm", "it is one kernel already") in verdicts
+
+
+def test_views_and_collectives_are_no_gain_of_a_streaming_kernel() -> None:
+    """By hand, in bytes of one activation: a rotary embedding reads and writes two products, a
+    negation, a concatenation of two halves and a sum; tables and halves count for theirs."""
+    width, length = 4096, 4096
+    found = judged("tp2", llama(torch.bfloat16, width, length), "8xH100")
+    heads, size = 4 // 2, width // 4
+    whole = BATCH * heads * length * size * 2
+    table = length * size * 2
+    moved = [2 * whole + table] * 2 + [whole, 2 * whole, 3 * whole]  # neg reads and writes halves
+    apart_ms = sum(map(CLUSTER.memory_ms, moved))
+    once_ms = CLUSTER.memory_ms(2 * whole + 2 * table)
+    # By name the last: of the keys, which have half as many heads.
+    assert found["rotary"].saves_ms == pytest.approx((apart_ms - once_ms) / 2, rel=0.02)
+    total = BATCH * length * width * 2
+    wide = 2 * total
+    norm = [total + wide, 2 * wide, wide, 0, 0, 2 * wide, wide + total, 2 * total]
+    apart_ms = sum(CLUSTER.memory_ms(max(1, n)) for n in [3 * total, *norm])
+    once_ms = CLUSTER.memory_ms(4 * total)
+    assert found["all_reduce + add_rms_norm"].saves_ms == pytest.approx(
+        apart_ms - once_ms, rel=0.02
+    )
+
+
 # What may not be replaced.
 
 
@@ -186,7 +233,7 @@ def test_what_is_read_elsewhere_stays() -> None:
     assert verdicts["swiglu"].endswith("is read elsewhere too")
 
 
-def variant(eps: Any = 1e-6, dim: int = -1, power: int = 2, keepdim: bool = True) -> nn.Module:
+def variant(norm: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> nn.Module:
     class Variant(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -203,11 +250,15 @@ def variant(eps: Any = 1e-6, dim: int = -1, power: int = 2, keepdim: bool = True
             self.weight = nn.Parameter(torch.ones(8))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            mean = x.pow(power).mean(dim, keepdim=keepdim)
-            mean = mean if keepdim else mean.unsqueeze(dim)
-            return self.weight * (x * torch.rsqrt(mean + eps))
+            return norm(x, self.weight)
 
     return Variant()
+
+
+def of_power(eps: Any = 1e-6, dim: int = -1, power: int = 2) -> nn.Module:
+    return variant(
+        lambda x, w: w * (x * torch.rsqrt(x.pow(power).mean(dim, keepdim=True) + eps))
+    )
 
 
 @pytest.mark.parametrize(
@@ -216,7 +267,7 @@ def variant(eps: Any = 1e-6, dim: int = -1, power: int = 2, keepdim: bool = True
 )
 def test_only_the_norm_itself_is_taken_for_one(change: dict[str, Any], found: bool) -> None:
     inputs = {"x": torch.randn(BATCH, 8, 8).abs() + 1}
-    layered = understand(variant(**change), inputs, None, Precision())
+    layered = understand(of_power(**change), inputs, None, Precision())
     _, fusions = fuse(program(layered, "dp2"), None, "always")
     assert any("rms_norm" in fusion.name for fusion in fusions) is found
 
