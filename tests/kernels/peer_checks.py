@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensor, FakeTensorMode
 
 from galvatron_compile.kernels import all_gather_matmul, all_reduce_kernels, matmul_reduce_scatter
 from galvatron_compile.kernels.peers import Peers, make_peers, register
@@ -40,16 +40,32 @@ def near(got: Tensor, wanted: Tensor, length: int, roundings: int = 1) -> None:
 
 @contextmanager
 def poisoned(capacity_bytes: int = 1 << 16, num_slots: int = 64) -> Iterator[Peers]:
-    """Peers of all ranks. Symmetric memory and what ``empty`` returns are full of NaN."""
+    """Peers of all ranks. Symmetric memory and what ``empty`` returns are full of NaN, and what
+    lies behind a new tensor must stay so."""
     peers = register(NAME, make_peers(capacity_bytes=capacity_bytes, num_slots=num_slots))
-    torch.use_deterministic_algorithms(True)
-    try:
-        if peers.memory is not None:
-            peers.memory.data.fill_(0xFF)
-            peers.barrier()
+    if peers.memory is not None:
+        peers.memory.data.fill_(0xFF)
+        peers.barrier()
+    guards: list[Tensor] = []
+
+    def guarded(make: Any) -> Any:
+        def made(*args: Any, **kwargs: Any) -> Tensor:
+            wanted = make(*args, **kwargs)
+            if not wanted.is_floating_point() or isinstance(wanted, FakeTensor):
+                return wanted
+            size = wanted.numel()
+            whole = torch.full((size + 512,), float("nan"), dtype=wanted.dtype)
+            guards.append(whole[size:])
+            return whole[:size].as_strided(wanted.shape, wanted.stride())
+
+        return made
+
+    with (
+        mock.patch.object(Tensor, "new_empty", guarded(Tensor.new_empty)),
+        mock.patch.object(torch, "empty_like", guarded(torch.empty_like)),
+    ):
         yield peers
-    finally:
-        torch.use_deterministic_algorithms(False)
+    assert all(guard.isnan().all() for guard in guards), "written behind the end of a tensor"
 
 
 def come_late(peers: Peers, seed: int) -> None:

@@ -102,6 +102,23 @@ def test_empty_tensors_and_those_that_do_not_fit(interpreted: Any) -> None:
     interpreted(2).run(at_the_edges)
 
 
+def without_producers() -> None:
+    """What multiplies waits for what fetches, also where it happens to run later anyway."""
+    with poisoned() as peers, pytest.MonkeyPatch.context() as patch:
+        assert peers.memory is not None
+        peers.memory.max_polls = 20
+        patch.setattr(tested, "_produce", lambda *_: None)
+        x, y, gathered = torch.ones(4, 4), torch.zeros(8, 4), torch.ones(8, 4)
+        with pytest.raises(RuntimeError, match=f"waited in vain for rank {1 - peers.rank}: "):
+            tested.launch(x, torch.eye(4), y, gathered, peers)
+        mine = slice(4 * peers.rank, 4 * peers.rank + 4)
+        assert torch.equal(y[mine], x) and int(y.isnan().sum()) == 16
+
+
+def test_products_wait_for_what_is_fetched(interpreted: Any) -> None:
+    interpreted(2).run(without_producers)
+
+
 def test_alone() -> None:
     x, weight = torch.randn(4, 3), torch.randn(5, 3)
     y, gathered = tested.all_gather_matmul(x, weight, 1, "nobody")

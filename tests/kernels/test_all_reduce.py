@@ -24,6 +24,7 @@ from peer_checks import (
 )
 
 from galvatron_compile.kernels import all_reduce as tested
+from galvatron_compile.kernels import matmul_reduce_scatter, scatter_norm, sum_norm
 from galvatron_compile.kernels.ahead import compile_ahead
 from galvatron_compile.kernels.peers import make_peers, register
 
@@ -118,6 +119,33 @@ def test_hundreds_in_a_row_are_right(
     interpreted: Any, seed: int, size: int, times: int, two_shot: bool
 ) -> None:
     interpreted(size).run(many, seed, times, two_shot)
+
+
+def small_terms(kernels: bool) -> None:
+    """2048 + 1 is 2048 in float16, 2048 + 3 is not."""
+    with poisoned() as peers, pytest.MonkeyPatch.context() as patch:
+        n, rank = peers.size, peers.rank
+        x = torch.full((n, 1), 1.0 if rank else 2048.0, dtype=torch.float16)
+        one = torch.ones(1, 1, dtype=torch.float16)
+
+        def run() -> None:
+            for most in (0, 1 << 30):
+                patch.setattr(tested, "ONE_SHOT_BYTES", most)
+                assert tested.all_reduce_peers(x, n, NAME).unique().tolist() == [2052.0]
+            assert tested.reduce_scatter_peers(x, n, NAME).tolist() == [[2052.0]]
+            assert matmul_reduce_scatter.matmul_reduce_scatter(x, one, n, NAME).item() == 2052.0
+            rest = (torch.zeros_like(one), one[0], 0.0, n, NAME)
+            assert scatter_norm.reduce_scatter_add_rms_norm(x, *rest)[1].item() == 2052.0
+            assert sum_norm.all_reduce_add_rms_norm(x[:1], *rest)[1].item() == 2052.0
+
+        assert not kernels or epochs_of(peers, run) == 6
+        if not kernels:
+            run()
+
+
+@pytest.mark.parametrize("pool", ["interpreted", "ranks"])
+def test_sums_are_made_in_float32(request: pytest.FixtureRequest, pool: str) -> None:
+    request.getfixturevalue(pool)(4).run(small_terms, pool == "interpreted")
 
 
 def whole_numbers() -> None:

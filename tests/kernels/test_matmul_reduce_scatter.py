@@ -99,16 +99,16 @@ def in_turn(times: int) -> None:
 
         for turn in range(times):
             scatter(turn, gather(turn))
-        for slow in range(n):
+        for slow in (0, n - 1):
             with slow_reader() if slow == rank else nullcontext():
-                for turn in range(3):
+                for turn in range(2):
                     gather(turn)
-                for turn in range(3):
+                for turn in range(2):
                     rows = torch.arange(n).float().repeat_interleave(2)[:, None]
                     scatter(turn, (turn + rows).expand(2 * n, 4))
 
 
-@pytest.mark.parametrize(("size", "times"), [(2, 100), (4, 20)])
+@pytest.mark.parametrize(("size", "times"), [(2, 60), (4, 12)])
 def test_many_in_a_row_are_right(interpreted: Any, size: int, times: int) -> None:
     interpreted(size).run(in_turn, times)
 
