@@ -5,9 +5,8 @@ With ``n`` ranks along the data axis (``parts = n`` under ZeRO, else 1) a bucket
 - ``master``: ``[shard]``, this rank's chunk of every parameter one behind the other;
 - ``working``: per parameter a region of ``parts * chunk`` elements, in which the tensor-local
   parameter lies contiguously;
-- ``arrived``: gradients of working tensors, as backward made them;
-- ``pending``: ``[parts, shard]``, gradients not yet summed over ranks, in the order that
-  reduce-scatter wants; ``reduced``: ``[shard]``, the sum.
+- ``gradients``: of working tensors, not yet summed over data ranks (``flat_gradients.py``);
+  ``reduced``: ``[shard]``, their sum.
 
 Chunks are padded to equal size, so collectives are the ``_tensor`` ones with equal shards.
 """
@@ -15,21 +14,19 @@ Chunks are padded to equal size, so collectives are the ``_tensor`` ones with eq
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
+from galvatron_compile.flat_gradients import Gradients
 from galvatron_compile.gather_scatter import Waitable, all_gather, reduce_scatter
 from galvatron_compile.kernels import buckets
 from galvatron_compile.kernels.base import runs_kernels
-from galvatron_compile.layout import ParameterLayout
 from galvatron_compile.mesh import Axis
 from galvatron_compile.precision import Precision
-
-ALIGNMENT = 32  # elements; keeps every parameter on a 64-byte boundary in the smallest dtype
+from galvatron_compile.slots import Member, Slot, place, places
 
 
 def gather_parts(part: torch.Tensor, axis: Axis) -> torch.Tensor:
@@ -55,27 +52,12 @@ class InFlight:
         self.complete()
 
 
-@dataclass(frozen=True)
-class Slot:
-    """Where one parameter lies. ``index`` is its place in the unit; the rest counts elements."""
-
-    index: int
-    layout: ParameterLayout
-    offset: int  # in a shard
-    chunk: int  # of one rank, padded
-    region: int  # in the working buffer
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.layout.tensor_shape)
-
-
 class FlatBucket:
     """Masters, working tensors and gradients of some parameters of one unit on one rank."""
 
     def __init__(
         self,
-        members: Sequence[tuple[int, ParameterLayout, torch.Tensor]],
+        members: Sequence[Member],
         *,
         data: Axis,
         tensor: Axis,
@@ -88,7 +70,7 @@ class FlatBucket:
         self.parts = data.size if self.zero else 1
         self.rank = data.index * tensor.size + tensor.index
         self.reduce_dtype = precision.reduce_of(dtype)
-        self.slots, self.shard_numel, working_numel = _place(members, self.parts)
+        self.slots, self.shard_numel, working_numel = place(members, self.parts)
         self.master = torch.zeros(self.shard_numel, dtype=precision.master_of(dtype), device=device)
         self.masters = [
             torch.nn.Parameter(self.master_of(slot).data, self.requires_grad) for slot in self.slots
@@ -102,11 +84,10 @@ class FlatBucket:
         )
         self.working = [self._working(slot) for slot in self.slots]
         self.gathering: InFlight | None = None
-        self.arrived: deque[tuple[Slot, torch.Tensor]] = deque()
-        self.pending: torch.Tensor | None = None
+        self.gradients = Gradients(
+            self.slots, self.parts, self.shard_numel, self.reduce_dtype, device
+        )
         self.reduced: torch.Tensor | None = None
-        self.filled: set[int] = set()  # slots with something in ``pending``
-        self.touched: set[int] = set()  # slots that got a gradient in this step
         values = {index: value for index, _, value in members}
         for slot in self.slots:
             if not values[slot.index].is_meta:
@@ -177,7 +158,7 @@ class FlatBucket:
             for slot, size in zip(self.slots, sizes, strict=True)
         ]
         if runs_kernels(gathered):
-            buckets.unpack(gathered, regions, *_places(self.slots))
+            buckets.unpack(gathered, regions, *places(self.slots))
             return
         for slot, region in zip(self.slots, regions, strict=True):
             part = gathered[:, slot.offset : slot.offset + slot.chunk]
@@ -185,56 +166,9 @@ class FlatBucket:
 
     # Gradients.
 
-    def add(self, slot: Slot, gradient: torch.Tensor) -> None:
-        """Take the gradient of one working tensor, to be added to what is summed over ranks."""
-        self.arrived.append((slot, gradient))
-        self.touched.add(slot.index)
-
-    def pack(self) -> None:
-        """Add what arrived to ``pending``, letting go of one gradient after the other, or all in
-        one kernel where there are kernels."""
-        if self.arrived and self.pending is None:
-            shape = (self.parts, self.shard_numel)
-            self.pending = torch.zeros(shape, dtype=self.reduce_dtype, device=self.master.device)
-            if self._is_one_launch():
-                self._pack_at_once(self.pending)
-        while self.arrived:
-            self._pack(*self.arrived.popleft())
-
-    def _is_one_launch(self) -> bool:
-        """Whether a kernel can pack what arrived: each slot once, nothing sparse."""
-        slots = {slot.index for slot, _ in self.arrived}
-        gradients = [gradient for _, gradient in self.arrived]
-        dense = all(gradient.layout is torch.strided for gradient in gradients)
-        return len(slots) == len(gradients) and dense and runs_kernels(self.master, *gradients)
-
-    def _pack_at_once(self, pending: torch.Tensor) -> None:
-        slots, gradients = zip(*self.arrived, strict=True)
-        buckets.pack(gradients, pending, *_places(slots))
-        self.filled |= {slot.index for slot in slots}
-        self.arrived.clear()
-
-    def _pack(self, slot: Slot, gradient: torch.Tensor) -> None:
-        assert self.pending is not None
-        flat = (gradient.to_dense() if gradient.is_sparse else gradient).reshape(-1)
-        target = self.pending[:, slot.offset : slot.offset + slot.chunk]
-        whole = slot.numel // slot.chunk if slot.chunk else 0
-        rest = slot.numel - whole * slot.chunk
-        pairs = [(target[:whole], flat[: whole * slot.chunk].view(whole, slot.chunk))]
-        if rest:
-            pairs.append((target[whole, :rest], flat[whole * slot.chunk :]))
-        for into, piece in pairs:
-            if slot.index in self.filled:
-                into.add_(piece)
-            else:
-                into.copy_(piece)
-        self.filled.add(slot.index)
-
     def launch_reduce(self) -> InFlight | None:
         """Start the SUM over the data axis of what is pending; None if nothing is."""
-        self.pack()
-        pending, self.pending = self.pending, None
-        self.filled.clear()
+        pending = self.gradients.take()
         if pending is None:
             return None
         work: Waitable | None = None
@@ -265,7 +199,7 @@ class FlatBucket:
     def commit(self) -> None:
         """Hand the summed gradients to the masters, adding to what is there."""
         for slot, master in zip(self.slots, self.masters, strict=True):
-            if slot.index not in self.touched or self.reduced is None:
+            if slot.index not in self.gradients.touched or self.reduced is None:
                 continue
             gradient = self.reduced[slot.offset : slot.offset + master.numel()]
             gradient = gradient.view(master.shape).to(master.dtype)
@@ -276,30 +210,5 @@ class FlatBucket:
         self.drop()
 
     def drop(self) -> None:
-        self.pending = self.reduced = None
-        self.arrived.clear()
-        self.filled.clear()
-        self.touched.clear()
-
-
-def _place(
-    members: Sequence[tuple[int, ParameterLayout, torch.Tensor]], parts: int
-) -> tuple[list[Slot], int, int]:
-    """Slots with V parameters first, and the elements of a shard and of the working buffer."""
-    slots: list[Slot] = []
-    offset = region = end = region_end = 0
-    for index, layout, _ in sorted(members, key=lambda member: member[1].tensor.kind != "V"):
-        chunk = layout.chunk_rows * layout.row_numel
-        slots.append(Slot(index, layout, offset, chunk, region))
-        end, region_end = offset + chunk, region + parts * chunk
-        offset, region = _align(end), _align(region_end)
-    return slots, end, region_end
-
-
-def _places(slots: Sequence[Slot]) -> tuple[list[int], list[int]]:
-    """Offsets and chunks in a shard."""
-    return [slot.offset for slot in slots], [slot.chunk for slot in slots]
-
-
-def _align(count: int) -> int:
-    return -(-count // ALIGNMENT) * ALIGNMENT
+        self.reduced = None
+        self.gradients.drop()

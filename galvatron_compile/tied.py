@@ -6,7 +6,8 @@ import torch
 import torch.distributed as dist
 
 from galvatron_compile.entry import gather_full
-from galvatron_compile.flat import FlatBucket, Slot
+from galvatron_compile.flat import FlatBucket
+from galvatron_compile.slots import Slot
 from galvatron_compile.units import ParameterUnit
 
 
@@ -37,4 +38,4 @@ def _sum_slot(unit: ParameterUnit, bucket: FlatBucket, slot: Slot) -> None:
     whole = gather_full(layout, mine, unit.data, unit.tensor).contiguous().clone()
     dist.all_reduce(whole, group=unit.tied.group)
     mine.copy_(layout.take(whole, unit.rank))
-    bucket.touched.add(slot.index)
+    bucket.gradients.touched.add(slot.index)

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 
 import torch
 
-from galvatron_compile.flat import FlatBucket, InFlight, Slot
+from galvatron_compile.flat import FlatBucket, InFlight
 from galvatron_compile.layout import ParameterLayout
 from galvatron_compile.mesh import Axis
 from galvatron_compile.precision import Precision
+from galvatron_compile.slots import Member, Slot
 
 
 class ParameterUnit(torch.nn.Module):
@@ -47,8 +48,7 @@ class ParameterUnit(torch.nn.Module):
         self.data, self.tensor, self.device = data, tensor, device
         self.zero = layouts[0].zero if layouts else 0
         self.rank = data.index * tensor.size + tensor.index  # in the pipeline group
-        groups: dict[tuple[torch.dtype, bool], list[tuple[int, ParameterLayout, torch.Tensor]]]
-        groups = {}
+        groups: dict[tuple[torch.dtype, bool], list[Member]] = {}
         for index, (layout, value) in enumerate(zip(layouts, values, strict=True)):
             key = (value.dtype, layout.requires_grad)
             groups.setdefault(key, []).append((index, layout, value))
@@ -125,12 +125,12 @@ class ParameterUnit(torch.nn.Module):
         It is kept as it is until :meth:`pack` or :meth:`reduce`.
         """
         bucket, slot = self.places[index]
-        bucket.add(slot, gradient)
+        bucket.gradients.add(slot, gradient)
 
     def pack(self) -> None:
         """Add the gradients that came to those that wait for their sum."""
         for bucket in self.buckets:
-            bucket.pack()
+            bucket.gradients.pack()
 
     def reduce(self) -> list[InFlight]:
         """Start to sum over the data axis; wait for all that is returned."""
