@@ -78,7 +78,8 @@ def _pytorch_fused_adamw(
 def _bucket(sizes: Sizes, device: torch.device) -> Inputs:
     """(gradients, float32 bucket, where chunks begin, their sizes); 7 stands where nothing is."""
     square, row = (sizes.features, sizes.features), (sizes.features,)
-    gradients = [randn(device, *shape) for shape in (square, row, square, (3, *row), square)]
+    shapes = (square, row, square, (3, *row), square) * max(1, sizes.rows // 16384)
+    gradients = [randn(device, *shape) for shape in shapes]
     chunks = [-(-g.numel() // PARTS) for g in gradients]
     offsets = [sum(-(-c // 32) * 32 for c in chunks[:k]) for k in range(len(chunks))]
     out = torch.full((PARTS, offsets[-1] + chunks[-1]), 7.0, device=device)

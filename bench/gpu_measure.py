@@ -108,7 +108,7 @@ class Bench:
         """Of gradients, only the backward graph."""
         import torch._functorch.config as functorch
 
-        # Else a compiled backward frees what it was given, and cannot run twice.
+        # Else a compiled backward may free what was saved for it, and refuses to run twice.
         with functorch.patch(donated_buffer=False):
             inputs = case.make(self.sizes, self.device)
             compiled = self.compiler(case.forward or case.eager, dynamic=False)

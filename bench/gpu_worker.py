@@ -15,7 +15,11 @@ Answer = Callable[[str, str], Any]
 
 
 class Failed(Exception):
-    """What was asked for raised, or its process died, or it did not answer in time."""
+    """What was asked for raised, or its process died."""
+
+
+class TookTooLong(Failed):
+    """There was no answer in time; the process was killed."""
 
 
 class Worker:
@@ -31,7 +35,7 @@ class Worker:
         """The answer, which must come in time.
 
         Raises:
-            Failed: why there is none.
+            Failed: why there is none; TookTooLong.
         """
         if self._process is None:
             self._start()
@@ -40,7 +44,7 @@ class Worker:
             self._pipe.send((verb, name))
             if not self._pipe.poll(max(0.0, until - time.monotonic())):
                 self.stop()
-                raise Failed(f"no answer in {seconds:.0f} s: killed")
+                raise TookTooLong(f"no answer in {seconds:.0f} s: killed")
             fine, answer, usable = self._pipe.recv()
         except (EOFError, OSError) as error:
             process = self._process
