@@ -22,6 +22,7 @@ from galvatron_compile.job import Job
 from galvatron_compile.mesh import Mesh
 from galvatron_compile.on_meta import buffers_on_meta, with_buffers
 from galvatron_compile.parallel_model import ParallelModel
+from galvatron_compile.passes.attention import attention
 from galvatron_compile.passes.batch import batch
 from galvatron_compile.passes.capture_once import capture_once
 from galvatron_compile.passes.fuse import Wish
@@ -125,11 +126,12 @@ def understand(
     loss_fn: Callable[[Any, Any], Any] | None,
     precision: Precision,
 ) -> LayeredGraph:
-    """capture (once per kind of layer) → batch → layers, in the dtype that will compute."""
+    """capture (once per kind of layer) → attention → batch → layers, in the dtype that will
+    compute."""
     with computing_in(model, precision), buffers_on_meta(model) as real:
         graph = capture_once(model, precision.cast_all(example_inputs), loss_fn)
-    graph = batch(with_buffers(graph, real))
-    return find_layers(graph)
+    graph = attention(with_buffers(graph, real))
+    return find_layers(batch(graph))
 
 
 def summary(layered: LayeredGraph) -> str:
