@@ -162,3 +162,35 @@ def test_a_target_outside_of_the_vocabulary_is_refused_on_every_rank(ranks: Any)
         assert [text.split(", 0 to")[0] for text in said] == [
             f"target {wrong} of row 1 is no class: the vocabulary has 10" for wrong in (10, -1)
         ]
+
+
+# The operators on one rank.
+
+
+def test_cross_entropy_equals_that_of_torch() -> None:
+    logits = torch.randn(7, 11, dtype=torch.float64, requires_grad=True)
+    target = torch.tensor([0, 10, -100, 3, 3, -100, 5])
+    expected = F.cross_entropy(logits, target, reduction="sum")
+    wanted = torch.autograd.grad(3 * expected, logits)[0]
+    loss = fused.cross_entropy(logits, target, -100, None)
+    torch.testing.assert_close(loss, expected, rtol=1e-13, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(3 * loss, logits)[0], wanted)
+
+
+def test_cross_entropy_of_16_bit_logits_is_summed_in_float32() -> None:
+    logits = torch.randn(5, 9).bfloat16().requires_grad_()
+    target = torch.randint(0, 9, (5,))
+    loss = fused.cross_entropy(logits, target, -100, None)
+    assert loss.dtype == torch.float32
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert gradient.dtype == torch.bfloat16
+    expected = F.cross_entropy(logits.float(), target, reduction="sum")
+    torch.testing.assert_close(loss, expected)
+
+
+def test_shapes_on_a_dry_axis() -> None:
+    axis = Axis.dry_run("tp2", 2)
+    x, weight = torch.randn(3, 4, 6), torch.randn(5, 6)
+    gathered = fused.gather_linear(x, [weight, weight[:2]], [None, torch.ones(2)], 1, 1, axis)
+    assert [tuple(y.shape) for y in gathered] == [(3, 8, 5), (3, 8, 2)]
+    assert fused.linear_reduce_scatter(x, weight, None, 1, 1, axis).shape == (3, 2, 5)

@@ -13,14 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from galvatron_compile import fused
 from galvatron_compile.cluster import ClusterProfile
 from galvatron_compile.compiler import Decision, Setting, build, understand
 from galvatron_compile.errors import GalvatronError
 from galvatron_compile.fusions import Fusion, Fusions
 from galvatron_compile.graph import LayeredGraph
 from galvatron_compile.job import Job
-from galvatron_compile.mesh import Axis
 from galvatron_compile.notation import parse
 from galvatron_compile.passes.fuse import fuse
 from galvatron_compile.passes.rewrite import make_mesh
@@ -270,35 +268,3 @@ def test_only_the_norm_itself_is_taken_for_one(change: dict[str, Any], found: bo
     layered = understand(of_power(**change), inputs, None, Precision())
     _, fusions = fuse(program(layered, "dp2"), None, "always")
     assert any("rms_norm" in fusion.name for fusion in fusions) is found
-
-
-# The operators on one rank.
-
-
-def test_cross_entropy_equals_that_of_torch() -> None:
-    logits = torch.randn(7, 11, dtype=torch.float64, requires_grad=True)
-    target = torch.tensor([0, 10, -100, 3, 3, -100, 5])
-    expected = F.cross_entropy(logits, target, reduction="sum")
-    wanted = torch.autograd.grad(3 * expected, logits)[0]
-    loss = fused.cross_entropy(logits, target, -100, None)
-    torch.testing.assert_close(loss, expected, rtol=1e-13, atol=0)
-    torch.testing.assert_close(torch.autograd.grad(3 * loss, logits)[0], wanted)
-
-
-def test_cross_entropy_of_16_bit_logits_is_summed_in_float32() -> None:
-    logits = torch.randn(5, 9).bfloat16().requires_grad_()
-    target = torch.randint(0, 9, (5,))
-    loss = fused.cross_entropy(logits, target, -100, None)
-    assert loss.dtype == torch.float32
-    (gradient,) = torch.autograd.grad(loss, logits)
-    assert gradient.dtype == torch.bfloat16
-    expected = F.cross_entropy(logits.float(), target, reduction="sum")
-    torch.testing.assert_close(loss, expected)
-
-
-def test_shapes_on_a_dry_axis() -> None:
-    axis = Axis.dry_run("tp2", 2)
-    x, weight = torch.randn(3, 4, 6), torch.randn(5, 6)
-    gathered = fused.gather_linear(x, [weight, weight[:2]], [None, torch.ones(2)], 1, 1, axis)
-    assert [tuple(y.shape) for y in gathered] == [(3, 8, 5), (3, 8, 2)]
-    assert fused.linear_reduce_scatter(x, weight, None, 1, 1, axis).shape == (3, 2, 5)
