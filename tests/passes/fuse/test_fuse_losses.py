@@ -154,3 +154,29 @@ def test_losses_that_are_not_of_class_indices_alone_stay() -> None:
         return call(graph, operators.cross_entropy_sum, *places)
 
     assert fuse_graph(built(weighted, r(6, 7), TARGET, r(7).abs()), ALWAYS)[1] == ()
+
+
+def test_logits_are_viewed_as_they_were_before_their_cast() -> None:
+    def cast_then_viewed(graph: fx.Graph, places: list[fx.Node]) -> Any:
+        logits = rows(graph, cast(F32)(graph, places[0]))
+        return call(graph, operators.cross_entropy_sum, logits, places[1], None, -100, 0.0)
+
+    inputs = r(2, 3, 7, dtype=BF16), TARGET
+    module = built(cast_then_viewed, *inputs)
+    assert check(module, *inputs, rtol=2e-2) == ["cross_entropy"]
+    after, _ = fuse_graph(module, ALWAYS)
+    [found] = [n for n in after.graph.nodes if n.target in LOSSES]
+    viewed = found.args[0]
+    assert viewed.meta["val"].shape == (6, 7) and viewed.meta["val"].dtype == BF16
+    assert viewed.args[0].op == "placeholder"
+
+
+def test_a_view_of_logits_that_something_else_reads_stays() -> None:
+    def both(graph: fx.Graph, places: list[fx.Node]) -> Any:
+        logits = rows(graph, cast(F32)(graph, places[0]))
+        value = call(graph, operators.cross_entropy_sum, logits, places[1], None, -100, 0.0)
+        return (value, call(graph, torch.ops.aten.logsumexp.default, logits, [1]))
+
+    inputs = r(2, 3, 7, dtype=BF16), TARGET
+    module = built(both, *inputs)
+    assert check(module, *inputs, rtol=2e-2) == ["cross_entropy"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -24,7 +25,13 @@ def test_parts_of_a_joined_product_may_be_viewed() -> None:
         one, other = gathered(graph, *places)
         view = torch.ops.aten.view.default
         turned = call(graph, torch.ops.aten.unsqueeze.default, other, 0)
-        return (call(graph, view, one, [-1]), call(graph, view, turned, [-1]))
+        pair = graph.call_function(torch.ops.aten.chunk.default, (one, 1, -1))
+        pair.meta["val"] = one.meta["val"].chunk(1, -1)
+        part = call(graph, operator.getitem, pair, 0)
+        return (
+            call(graph, view, one, [-1]), call(graph, view, turned, [-1]),
+            call(graph, view, part, [-1]),
+        )  # fmt: skip
 
     inputs = r(2, 3, 4), r(5, 4), r(6, 4)
     assert check(built(two, *inputs), *inputs) == ["all_gather → linear"]

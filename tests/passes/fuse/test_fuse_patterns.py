@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from galvatron_compile import collectives
 from galvatron_compile.passes.fuse import fuse_graph
+from galvatron_compile.passes.fuse_match import holds
 
 
 def norm(x: Tensor, eps: float = 1e-6) -> Tensor:
@@ -213,6 +214,21 @@ def test_a_sum_over_ranks_with_itself_is_added_once() -> None:
     after, fusions = fuse_graph(built(twice, r(2, 8), r(8)), ALWAYS)
     assert [fusion.name for fusion in fusions if fusion.taken] == ["add_rms_norm"]
     assert any(node.target is collectives.all_reduce for node in after.graph.nodes)
+
+
+def test_which_dtype_holds_which() -> None:
+    f64, f32, f16, bf16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
+    every = (f64, f32, f16, bf16, torch.float8_e4m3fn)
+    held = {(a, b) for a in every for b in every if holds(a, b)}
+    wider = {(f64, f32), (f64, f16), (f64, bf16), (f32, f16), (f32, bf16)}
+    small = {(a, torch.float8_e4m3fn) for a in (f64, f32, f16, bf16)}
+    assert held == wider | small | {(a, a) for a in every}
+
+
+def test_a_norm_of_integers_reads_them_as_they_were_cast() -> None:
+    inputs = torch.arange(16).view(2, 8), r(8)
+    module = exported(lambda x, w: w * norm(x.double()), *inputs)
+    assert check(module, *inputs) == ["rms_norm"]
 
 
 def test_a_conversion_inside_of_a_norm_goes_in_front_of_it() -> None:
