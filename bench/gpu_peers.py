@@ -119,7 +119,7 @@ def _round(turn: int, peers: Peers, generator: torch.Generator, device: str) -> 
     same("all_gather_matmul", y, exact)
     z = matmul_reduce_scatter.matmul_reduce_scatter(whole[rank], weights[rank], n, NAME)
     exact = matmul_reduce_scatter.matmul_reduce_scatter_reference(whole, weights)[rank]
-    same("matmul_reduce_scatter", z, exact, 2)
+    same("matmul_reduce_scatter", z, exact, n + 3)  # n rounded parts, some large ones that cancel
     total = all_reduce.all_reduce_peers(xs[rank], n, NAME)
     same("all_reduce", total, all_reduce.all_reduce_reference(xs))
     if device == "cuda" or turn == 0:  # slow in the interpreter

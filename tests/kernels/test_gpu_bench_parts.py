@@ -292,16 +292,18 @@ def test_a_worker_is_replaced_after_it_hung_or_lost_its_gpu(
     from gpu_worker import Failed, Worker
 
     worker = Worker(make)
-    first = worker.ask("pid", "", 300.0)
-    with pytest.raises(Failed, match="ValueError: no such thing"):
-        worker.ask("raise", "no such thing", 300.0)
-    assert worker.ask("pid", "", 300.0) == first
-    with pytest.raises(Failed, match="CUDA error: misaligned address"):
-        worker.ask("raise", "CUDA error: misaligned address", 300.0)
-    second = worker.ask("pid", "", 300.0)
-    with pytest.raises(Failed, match="no answer in 1 s: killed"):
-        worker.ask("hang", "", 1.0)
-    with pytest.raises(Failed, match="its process died, exit code 3"):
-        worker.ask("die", "", 300.0)
-    assert len({first, second, worker.ask("pid", "", 300.0)}) == 3
-    worker.stop()
+    try:
+        first = worker.ask("pid", "", 300.0)
+        with pytest.raises(Failed, match="ValueError: no such thing"):
+            worker.ask("raise", "no such thing", 300.0)
+        assert worker.ask("pid", "", 300.0) == first
+        with pytest.raises(Failed, match="CUDA error: misaligned address"):
+            worker.ask("raise", "CUDA error: misaligned address", 300.0)
+        second = worker.ask("pid", "", 300.0)
+        with pytest.raises(Failed, match="no answer in 1 s: killed"):
+            worker.ask("hang", "", 1.0)
+        with pytest.raises(Failed, match="its process died, exit code 3"):
+            worker.ask("die", "", 300.0)
+        assert len({first, second, worker.ask("pid", "", 300.0)}) == 3
+    finally:  # or pytest waits for it
+        worker.stop()
