@@ -108,7 +108,8 @@ def _norms(
     value and that with the sum over ranks in front of the addition."""
     ahead = [x for x in rest if isinstance(x, fx.Node) and not precedes(x, value)]
     if axis is None and not ahead and _adds(value):
-        summed = next((x for x in value.args[:2] if _is_finished_here(x)), None)
+        sums = (x for x in value.args if is_call(x, collectives.all_reduce))
+        summed = next(sums, None)
         if summed is not None and name == "rms_norm":
             residual = value.args[1] if summed is value.args[0] else value.args[0]
             args = (summed.args[0], residual, *rest, summed.args[1])
@@ -123,11 +124,6 @@ def _norms(
     converted = None if axis is None else (value, axis)
     target = getattr(fused, name)
     yield Match(name, target, (value, *rest), (node,), ordered(chain), node, converted)
-
-
-def _is_finished_here(node: Node) -> bool:
-    """A sum over ranks that only the addition reads."""
-    return is_call(node, collectives.all_reduce) and len(node.users) == 1
 
 
 def _adds(node: Node) -> bool:

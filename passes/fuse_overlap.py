@@ -58,16 +58,12 @@ def _why_not_scatter(node: Node) -> str:
     product, dim, _, axis = node.args
     if not is_op(product, "linear"):
         return "what it sums is not the output of one linear layer"
-    if len(product.users) > 1:
-        return f"{product.name} is read elsewhere too"
     if dim == val(node).ndim - 1:
         return "it scatters the features that the product makes"
     bias = product.args[2] if len(product.args) > 2 else None
-    if bias is not None and not (
-        is_call(bias, collectives.split_sum) and bias.args[1] is axis and len(bias.users) == 1
-    ):
-        return f"its bias {bias.name} is not split for this sum alone"
-    return ""
+    if bias is None or (is_call(bias, collectives.split_sum) and bias.args[1] is axis):
+        return ""
+    return f"its bias {bias.name} is not split for this sum"
 
 
 def _linear_reduce_scatter(node: Node) -> Match:
@@ -85,5 +81,4 @@ def _linear_reduce_scatter(node: Node) -> Match:
 
 
 def _is_linear(node: Node, value: Node) -> bool:
-    """A linear layer that reads ``value`` as its input alone."""
-    return is_op(node, "linear") and node.args[0] is value and value not in node.args[1:]
+    return is_op(node, "linear") and node.args[0] is value

@@ -51,7 +51,7 @@ def rotary(node: Node) -> Iterator[Match]:
     joined, sin = turned.args[:2]
     if not all(map(is_tensor, (value, cos, sin))) or not is_op(joined, "cat"):
         return
-    if val(value).ndim != 4 or val(value).shape[-1] % 2 or joined.args[1:] not in ((-1,), (3,)):
+    if val(value).ndim != 4 or joined.args[1:] not in ((-1,), (3,)):
         return
     parts = joined.args[0]
     if len(parts) != 2 or not is_op(parts[0], "neg"):
@@ -104,17 +104,15 @@ def cross_entropy(node: Node) -> Iterator[Match]:
         return
     name = "cross_entropy" if given["axis"] is None else "vocabulary-parallel cross_entropy"
     rest = (labels, given["ignore_index"], given["axis"])
-    view = logits if is_op(logits, "view", "reshape") and len(logits.users) == 1 else None
+    view = logits if is_op(logits, "view", "reshape") else None
     casts: list[Node] = []
     source = past_widening(logits if view is None else view.args[0], casts)
-    own = all(len(cast.users) == 1 for cast in casts)
-    if casts and own and _loss_dtype(val(source)) == val(node).dtype:
+    if casts and _loss_dtype(val(source)) == val(node).dtype:
         viewed = None if view is None else (source, view)
         covers = ordered([node, *casts] if view is None else [node, view, *casts])
         target = _loss(source, covers)
         yield Match(name, target, (source, *rest), (node,), covers, node, viewed=viewed)
-    if _loss_dtype(val(logits)) == val(node).dtype:
-        yield Match(name, _loss(logits, (node,)), (logits, *rest), (node,), (node,), node)
+    yield Match(name, _loss(logits, (node,)), (logits, *rest), (node,), (node,), node)
 
 
 def _loss(logits: Node, covers: tuple[Node, ...]) -> Callable[..., Any]:

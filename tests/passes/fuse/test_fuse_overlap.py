@@ -5,11 +5,12 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+import pytest
 import torch
 from fuse_cases import ALWAYS, built, call, check, exported, r
 from torch import Tensor, fx
 
-from galvatron_compile import collectives
+from galvatron_compile import collectives, fused
 from galvatron_compile.passes.fuse import fuse_graph
 
 
@@ -93,8 +94,35 @@ def test_why_a_sum_is_left() -> None:
         return scattered(graph, call(graph, linear, *places))
 
     assert reasons(built(biased, *inputs, r(6))) == [
-        "its bias x2 is not split for this sum alone"
+        "its bias x2 is not split for this sum"
     ]
+
+    def split_elsewhere(graph: fx.Graph, places: list[fx.Node]) -> Any:
+        other = graph.get_attr("axis")  # another node: another axis
+        split = call(graph, collectives.split_sum, places[2], other)
+        return scattered(graph, call(graph, linear, *places[:2], split))
+
+    assert reasons(built(split_elsewhere, *inputs, r(6))) == [
+        "its bias split_sum is not split for this sum"
+    ]
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_product_and_the_scatter_of_its_sum_are_one(biased: bool) -> None:
+    def one(graph: fx.Graph, places: list[fx.Node]) -> Any:
+        axis = graph.get_attr("axis")
+        more = [call(graph, collectives.split_sum, places[2], axis)] if biased else []
+        product = call(graph, torch.ops.aten.linear.default, *places[:2], *more)
+        return call(graph, collectives.reduce_scatter, product, 1, 1, axis)
+
+    module = built(one, r(2, 4, 4), r(6, 4), r(6))
+    after, fusions = fuse_graph(module, ALWAYS)
+    assert [fusion.taken for fusion in fusions] == [True]
+    [found] = [n for n in after.graph.nodes if n.target is fused.linear_reduce_scatter]
+    assert [getattr(x, "name", x) for x in found.args[:5]] == [
+        "x0", "x1", "x2" if biased else None, 1, 1
+    ]  # fmt: skip
+    assert not any(n.target is collectives.split_sum for n in after.graph.nodes)
 
 
 # Mixtures of experts, as transformers writes them with experts_implementation="batched_mm".

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from fuse_cases import ALWAYS, BF16, built, call, check, exported, r
 from torch import Tensor, fx
 
-from galvatron_compile import collectives
+from galvatron_compile import collectives, fused
 from galvatron_compile.passes.fuse import fuse_graph
 from galvatron_compile.passes.fuse_match import holds
 
@@ -145,10 +145,19 @@ LEFT: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
             x * c, torch.cat((-x[..., 3:], x[..., :3]), -1) * s, alpha=2),
         (r(2, 3, 4, 6), *TABLES),
     ),
-    "joined along the positions": (
-        lambda x, c, s: x * c + torch.cat((-x[..., 1:], x[..., :1]), 2)[:, :, :2, :].repeat(
-            1, 1, 1, 2) * s,
-        (r(2, 3, 2, 2), r(2, 1, 2, 2), r(2, 1, 2, 2)),
+    "joined along the positions": (  # which spread
+        lambda x, c, s: x * c + torch.cat((-x[..., 1:], x[..., :1]), 2) * s,
+        (r(2, 3, 1, 2), r(2, 1, 1, 2), r(2, 1, 1, 2)),
+    ),
+    "nothing joined": (
+        lambda x, c, s: x * c + torch.cat((-x,), -1) * s, (r(2, 3, 4, 6), *TABLES),
+    ),
+    "means of rows for columns": (
+        lambda x, w: w * (x * torch.rsqrt(x.pow(2).mean(-1) + 1e-6)), (r(8, 8), WEIGHT),
+    ),
+    "a mean of fourth powers": (
+        lambda x, w: w * (x * torch.rsqrt(x.pow(4).mean(-1, keepdim=True) + 1e-6)),
+        (r(2, 8), WEIGHT),
     ),
 }  # fmt: skip
 
@@ -216,6 +225,34 @@ def test_a_sum_over_ranks_with_itself_is_added_once() -> None:
     assert any(node.target is collectives.all_reduce for node in after.graph.nodes)
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_sum_over_ranks_may_be_either_term(first: bool) -> None:
+    def added(graph: fx.Graph, places: list[fx.Node]) -> Any:
+        x, residual, weight = places
+        total = call(graph, collectives.all_reduce, x, graph.get_attr("axis"))
+        terms = (total, residual) if first else (residual, total)
+        both = call(graph, torch.ops.aten.add.Tensor, *terms)
+        return call(graph, torch.ops.aten.rms_norm.default, both, [8], weight, 1e-6)
+
+    inputs = r(2, 8), r(2, 8), r(8)
+    module = built(added, *inputs)
+    assert check(module, *inputs) == ["all_reduce + add_rms_norm"]
+    after, _ = fuse_graph(module, ALWAYS)
+    [found] = [n for n in after.graph.nodes if n.target is fused.all_reduce_add_rms_norm]
+    assert [x.name for x in found.args[:3]] == ["x0", "x1", "x2"]
+
+
+def test_a_sum_over_ranks_that_is_read_elsewhere_stays() -> None:
+    def kept(graph: fx.Graph, places: list[fx.Node]) -> Any:
+        x, residual, weight = places
+        total = call(graph, collectives.all_reduce, x, graph.get_attr("axis"))
+        both = call(graph, torch.ops.aten.add.Tensor, total, residual)
+        return (call(graph, torch.ops.aten.rms_norm.default, both, [8], weight, 1e-6), total)
+
+    inputs = r(2, 8), r(2, 8), r(8)
+    assert check(built(kept, *inputs), *inputs) == ["add_rms_norm"]
+
+
 def test_which_dtype_holds_which() -> None:
     f64, f32, f16, bf16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
     every = (f64, f32, f16, bf16, torch.float8_e4m3fn)
@@ -223,6 +260,7 @@ def test_which_dtype_holds_which() -> None:
     wider = {(f64, f32), (f64, f16), (f64, bf16), (f32, f16), (f32, bf16)}
     small = {(a, torch.float8_e4m3fn) for a in (f64, f32, f16, bf16)}
     assert held == wider | small | {(a, a) for a in every}
+    assert not holds(torch.float8_e4m3fnuz, torch.float8_e4m3fn)  # ends at 240, not 448
 
 
 def test_a_norm_of_integers_reads_them_as_they_were_cast() -> None:
