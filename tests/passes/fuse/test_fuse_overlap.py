@@ -68,6 +68,24 @@ def scattered(graph: fx.Graph, product: fx.Node, dim: int = 1) -> fx.Node:
     return call(graph, collectives.reduce_scatter, product, dim, 1, graph.get_attr("axis"))
 
 
+def test_a_chain_of_patterns_reads_what_stands_there_now() -> None:
+    """The call of one reads the result of another, of which neither node is left."""
+
+    def chain(graph: fx.Graph, places: list[fx.Node]) -> Any:
+        x, weight, scale = places
+        product = call(graph, torch.ops.aten.linear.default, x, weight)
+        y = scattered(graph, product)
+        normed = call(graph, torch.ops.aten.rms_norm.default, y, [6], scale, 1e-6)
+        return call(graph, torch.ops.aten.mul.Tensor, call(graph, torch.ops.aten.silu.default,
+                    normed), y)  # fmt: skip
+
+    module = built(chain, r(2, 4, 4), r(6, 4), r(6))
+    after, fusions = fuse_graph(module, ALWAYS)
+    assert [fusion.taken for fusion in fusions] == [True, True, True]
+    called = [n.target for n in after.graph.nodes if n.op == "call_function"]
+    assert called == [fused.linear_reduce_scatter, fused.rms_norm, fused.swiglu]
+
+
 def test_why_a_sum_is_left() -> None:
     linear = torch.ops.aten.linear.default
 
