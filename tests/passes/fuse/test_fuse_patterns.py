@@ -128,6 +128,14 @@ LEFT: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
         lambda x, c, s: x * c + torch.cat((-x[..., :3], x[..., 3:]), -1) * s,
         (r(2, 3, 4, 6), *TABLES),
     ),
+    "uneven parts": (
+        lambda x, c, s: x * c + torch.cat((-x[..., 3:5], x[..., :4]), -1) * s,
+        (r(2, 3, 4, 6), *TABLES),
+    ),
+    "bent, not turned": (
+        lambda x, c, s: x * c + torch.cat((x[..., 3:].relu(), x[..., :3]), -1) * s,
+        (r(2, 3, 4, 6), *TABLES),
+    ),
     "thirds": (
         lambda x, c, s: x * c + torch.cat((-x[..., 2:], x[..., :2]), -1) * s,
         (r(2, 3, 4, 6), *TABLES),
@@ -202,6 +210,20 @@ def test_an_addition_with_a_factor_is_not_that_of_a_residual() -> None:
     assert check(exported(scaled, *inputs), *inputs) == ["rms_norm"]
     inputs = r(2, 8), r(8), r(8)
     assert check(exported(lambda x, y, w: w * norm(x + y), *inputs), *inputs) == ["rms_norm"]
+
+
+def test_an_addition_that_widens_is_not_that_of_a_residual() -> None:
+    inputs = r(2, 8, dtype=torch.float32), r(2, 8), r(8)
+    module = exported(lambda x, y, w: w * norm(x + y), *inputs)
+    assert check(module, *inputs) == ["rms_norm"]
+
+
+def test_a_layer_norm_that_does_not_say_its_eps() -> None:
+    def bare(graph: fx.Graph, places: list[fx.Node]) -> Any:
+        return call(graph, torch.ops.aten.layer_norm.default, places[0], [8])
+
+    inputs = (1e-3 * r(2, 8),)
+    assert check(built(bare, *inputs), *inputs) == ["layer_norm"]
 
 
 def test_a_norm_in_float32_of_16_bits() -> None:
