@@ -7,7 +7,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from galvatron_compile.errors import ProfileError
 
@@ -152,15 +152,10 @@ def between_sizes(curves: Sequence[CollectiveCurve], num_ranks: int, payload_byt
 
 
 def rising(points: Sequence[tuple[float, float]]) -> Points:
-    """Times that never fall with size: neighbours out of order are pooled to their mean.
+    """Times that never fall with size: none is longer than that of a larger size.
 
-    Noise makes a larger size look faster; a planner must not be led to pad for it.
+    Noise only adds to a time, so where a smaller size took longer it is that one which was
+    disturbed; and a planner must not be led to pad.
     """
-    blocks: list[tuple[float, int]] = []
-    for _, value in points:
-        blocks.append((value, 1))
-        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
-            (low, m), (high, n) = blocks[-2:]
-            blocks[-2:] = [((low * m + high * n) / (m + n), m + n)]
-    values = [value for value, count in blocks for _ in range(count)]
+    values = list(accumulate((value for _, value in reversed(points)), min))[::-1]
     return tuple((size, value) for (size, _), value in zip(points, values, strict=True))

@@ -84,6 +84,11 @@ TOPOLOGIES = {
             "dp1; stages=4,3; micro=8; schedule=1f1b",
             "all: dp1; 0-2: dp1.recompute; pp=2; micro=4; schedule=1f1b",
             "dp1; pp=2; virtual=2; micro=4; schedule=interleaved",
+            "dp1; pp=2; micro=2; schedule=gpipe",
+            "dp2.zero2.recompute; micro=4",
+            "dp2.zero3; micro=4",
+            "tp2.recompute",
+            "tp2.sp.recompute; micro=4",
         ),
     ),
     "b": Topology(

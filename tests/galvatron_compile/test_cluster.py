@@ -53,13 +53,10 @@ def test_time_never_falls_with_payload(raw: list[tuple[float, float]]) -> None:
     assert all(a <= b * (1 + 1e-9) for a, b in pairwise(times))
 
 
-def test_rising_pools_what_noise_put_out_of_order() -> None:
-    assert rising([(1, 1.0), (2, 4.0), (3, 2.0), (4, 9.0)]) == (
-        (1, 1.0),
-        (2, 3.0),
-        (3, 3.0),
-        (4, 9.0),
-    )
+def test_of_sizes_out_of_order_the_smaller_was_disturbed() -> None:
+    assert rising([(1, 8.0), (2, 4.0), (3, 2.0), (4, 9.0), (5, 9.5)]) == (
+        (1, 2.0), (2, 2.0), (3, 2.0), (4, 9.0), (5, 9.5),
+    )  # fmt: skip
 
 
 def test_unmeasured_group_sizes_lie_between_and_beyond_their_neighbours() -> None:
