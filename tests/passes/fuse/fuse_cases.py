@@ -70,3 +70,7 @@ def check(module: fx.GraphModule, *inputs: Tensor, rtol: float | None = None) ->
 
 def r(*shape: int, dtype: torch.dtype = F64) -> Tensor:
     return torch.randn(shape, dtype=dtype)
+
+
+def norm(x: Tensor, eps: float = 1e-6) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
