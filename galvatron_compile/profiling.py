@@ -34,8 +34,8 @@ Progress = Callable[[int, int, str], None]
 
 KIB = 1024
 MIB = 1024**2
-# What is summed or gathered beside computation are layers. Small messages are slowed down more: on a
-# CPU, computation makes one of 256 KiB take five times as long, one of 4 MiB hardly longer.
+# What is summed or gathered beside computation are layers. Small messages are slowed down more: on
+# a CPU, computation makes one of 256 KiB take five times as long, one of 4 MiB hardly longer.
 _OVERLAP_BYTES = {"cpu": 4 * MIB, "cuda": 64 * MIB}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
