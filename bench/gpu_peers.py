@@ -22,7 +22,8 @@ from galvatron_compile.kernels import (
     scatter_norm,
     sum_norm,
 )
-from galvatron_compile.kernels.peers import Peers, Symmetric, make_peers, register
+from galvatron_compile.kernels.peers import Peers, make_peers, register
+from galvatron_compile.kernels.symmetric_memory import Symmetric
 
 NAME = "bench"
 UP = 2**62  # a flag that is up for every epoch

@@ -20,6 +20,7 @@ from galvatron_compile.precision import Precision
 from galvatron_compile.seeds import mix
 from galvatron_compile.states import States
 from galvatron_compile.step_inputs import StepInputs
+from galvatron_compile.symmetric import look_at_peers
 
 if TYPE_CHECKING:
     from galvatron_compile.contents import Contents
@@ -114,6 +115,7 @@ class ParallelModel:
         """:meth:`step` whose actions are run by ``recorder(action, run)``."""
         self.states.check_loaded()
         with lost_peers(f"step {self.num_steps + 1}"):
+            look_at_peers(self._program.mesh)
             return self._step(batch, recorder)
 
     def _step(self, batch: Any, recorder: Recorder) -> torch.Tensor:

@@ -10,7 +10,7 @@ from torch import fx
 
 from galvatron_compile import fused
 from galvatron_compile.kernels.base import INTERPRETED
-from galvatron_compile.mesh import Axis
+from galvatron_compile.mesh import Axis, Mesh
 from galvatron_compile.program import StageProgram
 
 _OVERLAPPED = (
@@ -71,3 +71,13 @@ def _with_peers(axis: Axis, capacity_bytes: int, device: torch.device) -> tuple[
         return axis, f"axis {axis} has no symmetric memory ({failed}); its products hide nothing"
     register(name, peers)
     return replace(axis, peers=name), ""
+
+
+def look_at_peers(mesh: Mesh) -> None:
+    """RuntimeError if a kernel waited for a rank in vain, now or in one of the next steps: on a GPU
+    nobody waits for the device to find out."""
+    for axis in mesh.axes.values():
+        if axis.peers:
+            from galvatron_compile.kernels.peers import peers_of
+
+            peers_of(axis.peers, axis.size).glance()

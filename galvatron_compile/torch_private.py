@@ -201,6 +201,22 @@ def group_timeout() -> timedelta | None:
     return None
 
 
+# --- symmetric memory (read in the sources of torch 2.11 and 2.13; no GPU was there to run it) ---
+
+
+def symmetric_views(
+    num_bytes: int, device: torch.device, group: torch.distributed.ProcessGroup
+) -> tuple[list[torch.Tensor], list[Any]]:
+    """Every rank's ``num_bytes``, uint8, as this rank sees them, and what keeps them alive.
+    Collective. RuntimeError where ranks cannot address each other's memory."""
+    import torch.distributed._symmetric_memory as symmetric_memory
+
+    whole = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
+    handle = symmetric_memory.rendezvous(whole, group.group_name)
+    views = [handle.get_buffer(r, whole.shape, whole.dtype) for r in range(handle.world_size)]
+    return views, [handle, whole]
+
+
 # --- pipelining: the orders of torch's schedules (checked on torch 2.13) ---
 
 

@@ -50,11 +50,11 @@ class Compiled:
     @property
     def num_wide_loads(self) -> int:
         """Loads of 128 bits a lane."""
-        return self.count(r"\bLDG\S*\.128")
+        return self.count(r"\bLDG\.\S*128")
 
     @property
     def num_narrow_loads(self) -> int:
-        return self.count(r"\bLDG\b\S*") - self.num_wide_loads
+        return self.count(r"\bLDG\.\S*") - self.num_wide_loads
 
     @property
     def num_wide_stores(self) -> int:

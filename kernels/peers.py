@@ -1,13 +1,4 @@
-"""The ranks that a kernel talks to: addresses of their buffers and flags, and a name to find them.
-
-Each rank gives *symmetric memory* that all ranks of the group can address: two halves of
-``capacity_bytes`` for data, and a pad of int64 flags (``sync.py`` says how both are used).
-
-Flags of a pad, by place; ``S`` is ``num_slots``::
-
-    [0, n S)        slot s of peer r at r S + s: set by peer r
-    [n S, 2 n S)    the same again, for an operation that signals twice or that signals itself
-    [2 n S, + n)    the barrier
+"""The ranks that a kernel talks to, and a name to find them (``symmetric_memory.py``: memory).
 
 ``torch.library`` operators take no objects, so they find their peers by name: :func:`register`
 once, then pass the name. Peers without symmetric memory (gloo on the CPU, or NCCL without peer
@@ -16,8 +7,6 @@ access) are registered too: operators then use the collectives of their process 
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,35 +16,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from galvatron_compile.kernels.base import HAS_TRITON, INTERPRETED, runs_kernels
+from galvatron_compile.kernels.symmetric_memory import Symmetric, cuda_memory, shared_memory
 from galvatron_compile.kernels.sync import barrier_kernel
 
 # A poll takes perhaps a microsecond on a GPU, so this is minutes: ranks may be apart for as long as
 # one of them compiles. It takes 20 us in the interpreter.
 _POLLS_GPU, _POLLS_INTERPRETED = 300_000_000, 3_000_000
-
-
-@dataclass
-class Symmetric:
-    """Memory that all ranks of a group can address.
-
-    buffers, pads: int64 [n], address of each rank's data and flags as seen from this rank.
-    data: uint8 [2, capacity_bytes], pad: int64 flags; this rank's own.
-    state: int64 [2]: the current epoch, and 1 + the rank that was waited for in vain (0: none).
-    """
-
-    buffers: Tensor
-    pads: Tensor
-    data: Tensor
-    pad: Tensor
-    capacity_bytes: int
-    num_slots: int
-    max_polls: int
-    owners: list[Any] = field(default_factory=list, repr=False)  # keep every rank's mapping alive
-
-    def __post_init__(self) -> None:
-        self.state = torch.zeros(2, dtype=torch.int64, device=self.data.device)
-        if self.capacity_bytes % 16:
-            raise ValueError(f"capacity_bytes is {self.capacity_bytes}; make it a multiple of 16")
 
 
 @dataclass
@@ -73,6 +39,7 @@ class Peers:
     memory: Symmetric | None = None
     _begun: bool = field(default=False, init=False, repr=False)
     _stream: Any = field(default=None, init=False, repr=False)  # of the last operation
+    _seen: Tensor | None = field(default=None, init=False, repr=False)  # pinned copy of the state
 
     def begin(self) -> Symmetric:
         """Begin an operation: the next epoch. Counted on the device, so a CUDA graph replays it.
@@ -107,6 +74,17 @@ class Peers:
         last, self._stream = self._stream, stream
         if last is not None and last != stream and _captures(last) == _captures(stream):
             stream.wait_stream(last)
+
+    def glance(self) -> None:
+        """As :meth:`check`, without waiting for the device: a failure is told by one of the next
+        calls. On the CPU nothing is left to tell."""
+        if self.memory is None or not self.memory.state.is_cuda:
+            return
+        if self._seen is None:
+            self._seen = torch.zeros(2, dtype=torch.int64, pin_memory=True)
+        if int(self._seen[1]):
+            self.check()
+        self._seen.copy_(self.memory.state, non_blocking=True)
 
     def check(self) -> None:
         """Waits for the device.
@@ -202,9 +180,9 @@ def make_peers(
     device = torch.device(device)
     make: Callable[..., Symmetric] | None = None
     if HAS_TRITON and device.type == "cuda":
-        make = _cuda_memory
+        make = cuda_memory
     elif INTERPRETED and device.type == "cpu":
-        make = _shared_memory
+        make = shared_memory
     if make is None:
         return Peers(rank, size, group)
     wanted = (-(-capacity_bytes // 4096) * 4096, num_slots)
@@ -214,73 +192,6 @@ def make_peers(
         raise ValueError(f"ranks asked for different (capacity_bytes, num_slots): {all_wanted}")
     polls = max_polls or (_POLLS_GPU if device.type == "cuda" else _POLLS_INTERPRETED)
     return Peers(rank, size, group, make(group, *wanted, polls, device))
-
-
-def _num_flags(size: int, num_slots: int) -> int:
-    return -(-(2 * size * num_slots + size) // 512) * 512  # data behind it begins at a page
-
-
-def _cuda_memory(
-    group: dist.ProcessGroup, capacity: int, num_slots: int, polls: int, device: torch.device
-) -> Symmetric:
-    """torch's symmetric memory: private API, read in the sources of torch 2.13, not run yet."""
-    import torch.distributed._symmetric_memory as symmetric_memory
-
-    flag_bytes = 8 * _num_flags(dist.get_world_size(group), num_slots)
-    whole = symmetric_memory.empty(flag_bytes + 2 * capacity, dtype=torch.uint8, device=device)
-    handle = symmetric_memory.rendezvous(whole, group.group_name)
-    whole.zero_()
-    torch.cuda.synchronize(device)
-    dist.barrier(group)  # no peer signals before all flags are down
-    views = [handle.get_buffer(r, whole.shape, whole.dtype) for r in range(handle.world_size)]
-    owners = [handle, whole]
-    return _symmetric(views, dist.get_rank(group), flag_bytes, capacity, num_slots, polls, owners)
-
-
-def _shared_memory(
-    group: dist.ProcessGroup, capacity: int, num_slots: int, polls: int, device: torch.device
-) -> Symmetric:
-    """Files in memory that all processes of this machine map, and that lose their names at once."""
-    size, rank = dist.get_world_size(group), dist.get_rank(group)
-    flag_bytes = 8 * _num_flags(size, num_slots)
-    num_bytes = flag_bytes + 2 * capacity
-    folder = "/dev/shm" if os.path.isdir("/dev/shm") else None
-    descriptor, mine = tempfile.mkstemp(prefix="galvatron-", dir=folder)
-    try:
-        os.truncate(descriptor, num_bytes)  # zeros: all flags are down
-        paths: list[Any] = [None] * size
-        dist.all_gather_object(paths, mine, group=group)
-        views = [torch.from_file(p, shared=True, size=num_bytes, dtype=torch.uint8) for p in paths]
-        dist.barrier(group)
-    finally:
-        os.close(descriptor)
-        os.unlink(mine)
-    return _symmetric(views, rank, flag_bytes, capacity, num_slots, polls, [])
-
-
-def _symmetric(
-    views: list[Tensor],
-    rank: int,
-    flag_bytes: int,
-    capacity: int,
-    num_slots: int,
-    polls: int,
-    owners: list[Any],
-) -> Symmetric:
-    """views: every rank's memory, flags first, as seen from this rank."""
-    addresses = [view.data_ptr() for view in views]
-    assert all(address % 16 == 0 for address in addresses)
-    device = views[rank].device
-    return Symmetric(
-        buffers=torch.tensor([a + flag_bytes for a in addresses], device=device),
-        pads=torch.tensor(addresses, device=device),
-        data=views[rank][flag_bytes:].view(2, capacity),
-        pad=views[rank][:flag_bytes].view(torch.int64),
-        capacity_bytes=capacity,
-        num_slots=num_slots,
-        max_polls=polls,
-        owners=[*owners, *views],
-    )
 
 
 def plain_all_gather(x: Tensor, peers: Peers) -> Tensor:

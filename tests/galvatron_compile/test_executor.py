@@ -169,7 +169,8 @@ def nothing_left(plans: list[str]) -> None:
         assert not executor.links._leaving and not executor.links._arriving
         frozen = [unit.is_freed for unit in parallel._program.units if unit.zero == 3]
         assert all(frozen) and len(frozen) == len(parallel._program.units)
-        assert all(b.gradients.pending is None for unit in parallel._program.units for b in unit.buckets)
+        buckets = [bucket for unit in parallel._program.units for bucket in unit.buckets]
+        assert all(bucket.gradients.pending is None for bucket in buckets)
 
 
 def test_nothing_lives_longer_than_the_list_says(ranks: Any) -> None:

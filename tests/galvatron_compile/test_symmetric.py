@@ -48,7 +48,11 @@ def trained(plan: str) -> tuple[float, dict[str, torch.Tensor], dict[str, int], 
 
             return call
 
+        def glance(self: peers.Peers) -> None:
+            launched["glances"] = launched.get("glances", 0) + 1
+
         patch.setattr(peers.Peers, "begin", begin)
+        patch.setattr(peers.Peers, "glance", glance)
         for name in ("pack", "unpack"):
             patch.setattr(buckets, name, counted(name))
         cluster = gc.ClusterProfile.preset("2xA100-80GB")
@@ -71,6 +75,7 @@ def test_a_step_of_kernels_equals_one_process(interpreted: Any, plan: str) -> No
         assert axes == (["tp2 of ranks 0, 1"] if "tp2" in plan else [])
         # Forward and backward of two gathers and two scatters in each of two layers, and the head.
         assert launched.get("peers", 0) >= (2 * 2 * 4 if axes else 0)
+        assert launched.get("glances", 0) == len(axes)  # a step looks once at each axis's peers
         # Both blocks are gathered twice; units of one parameter need no copy. All five are packed.
         assert launched.get("unpack", 0) == (4 if "zero3" in plan else 0)
         assert launched["pack"] == 5
