@@ -59,7 +59,8 @@ class Topology:
         return tuple(dict.fromkeys((*pure, *self.plans)))
 
 
-FAST, SLOW = 4e9, 4e8
+# Between these the best plan changes: data parallel with a divided head, and a pipeline.
+FAST, SLOW = 2e9, 4e8
 
 TOPOLOGIES = {
     "a": Topology(
