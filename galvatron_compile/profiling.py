@@ -56,6 +56,11 @@ class Sizes:
     point_s: float
     limit_s: float = 40.0
 
+    def overlap_bytes(self, device: torch.device) -> int:
+        """The largest payload up to a layer's size, which is what is sent beside computation."""
+        most = _OVERLAP_BYTES[device.type]
+        return max((b for b in self.payloads_bytes if b <= most), default=self.payloads_bytes[0])
+
 
 _CPU = Sizes(
     (64, 128, 256, 512, 1024), (64, 256, 1024), 4, 64 * MIB,
@@ -201,8 +206,7 @@ class _Measurement:
         side = round((flops / 2) ** (1 / 3))
         a = torch.randn(side, side, device=self.device).to(dtype)
         out = torch.empty_like(a)
-        payloads_bytes, most = self.sizes.payloads_bytes, _OVERLAP_BYTES[self.device.type]
-        payload_bytes = max((b for b in payloads_bytes if b <= most), default=payloads_bytes[0])
+        payload_bytes = self.sizes.overlap_bytes(self.device)
         factors = measure_overlap(
             self.watch, lambda: torch.mm(a, a, out=out), curve.ms(flops), payload_bytes
         )

@@ -46,6 +46,14 @@ def publish(x, mine, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def
 
 
 @triton.jit
+def publish_shards(x, mine, size, shard, n: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Store this program's blocks of every shard of ``x[:size]``; the last may be shorter."""
+    for part in range(0, n):
+        first = tl.cast(shard, tl.int64) * part
+        publish(x + first, mine + first, tl.minimum(size - part * shard, shard), BLOCK)
+
+
+@triton.jit
 def sum_of_ranks(  # type: ignore[no-untyped-def]
     buffers, epoch, like, places, mask, capacity, n: tl.constexpr
 ):
@@ -111,9 +119,7 @@ def two_shot_kernel(  # type: ignore[no-untyped-def]
     epoch, sound = tl.load(state), is_sound(state)
     mine = buffer_of(buffers, rank, epoch, capacity, x)
     if sound:
-        for part in range(0, n):
-            first = tl.cast(shard, tl.int64) * part
-            publish(x + first, mine + first, tl.minimum(size - part * shard, shard), BLOCK)
+        publish_shards(x, mine, size, shard, n, BLOCK)
     arrived = exchange(pads, state, sound, 0, num_slots, rank, limit, n)
     first = tl.cast(shard, tl.int64) * rank
     count = tl.minimum(size - rank * shard, shard)
@@ -137,9 +143,7 @@ def reduce_scatter_kernel(  # type: ignore[no-untyped-def]
     epoch, sound = tl.load(state), is_sound(state)
     mine = buffer_of(buffers, rank, epoch, capacity, x)
     if sound:
-        for part in range(0, n):
-            first = tl.cast(shard, tl.int64) * part
-            publish(x + first, mine + first, shard, BLOCK)
+        publish_shards(x, mine, n * shard, shard, n, BLOCK)
     arrived = exchange(pads, state, sound, 0, num_slots, rank, limit, n)
     first = tl.cast(shard, tl.int64) * rank
     store_sums(y, buffers, epoch, first, shard, arrived, capacity, n, BLOCK)

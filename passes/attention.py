@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_map_only
 
 from galvatron_compile.graph import Graph, copy_annotated
 from galvatron_compile.passes.arguments import concrete_size
 
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
-_MASK, _CAUSAL = 3, 5  # places of the arguments
+_MASK = 3  # place among the arguments; aten takes no mask beside is_causal
 # A mask of more is left as it is: computing it takes some bytes of this machine for each element.
 _MOST_ELEMENTS = 2**28
 _BATCH_SIZE = 2  # more than one sample, so that a mask that differs among them is seen
@@ -32,7 +33,7 @@ def attention(graph: Graph) -> Graph:
     module = copy_annotated(graph.module)
     known: dict[fx.Node, str | None] = {}
     for node in list(module.graph.nodes):
-        if node.target is _ATTENTION and (mask := _mask_of(node)) and not _is_causal(node):
+        if node.target is _ATTENTION and (mask := _mask_of(node)):
             if mask not in known:
                 known[mask] = _kind(mask, node, graph.batch_symbol)
             if kind := known[mask]:
@@ -46,10 +47,6 @@ def attention(graph: Graph) -> Graph:
 def _mask_of(node: fx.Node) -> fx.Node | None:
     mask: Any = node.args[_MASK] if len(node.args) > _MASK else node.kwargs.get("attn_mask")
     return mask if isinstance(mask, fx.Node) else None
-
-
-def _is_causal(node: fx.Node) -> bool:
-    return bool(node.args[_CAUSAL] if len(node.args) > _CAUSAL else node.kwargs.get("is_causal"))
 
 
 def _kind(mask: fx.Node, node: fx.Node, symbol: Any) -> str | None:
@@ -105,8 +102,7 @@ def _computed(order: list[fx.Node], symbol: Any) -> Tensor:
             values[node] = concrete_size(node.meta["val"], symbol, _BATCH_SIZE)
             continue
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
-        if "device" in kwargs:
-            kwargs = {**kwargs, "device": torch.device("cpu")}
+        args, kwargs = tree_map_only(torch.device, lambda _: torch.device("cpu"), (args, kwargs))
         values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         for source in node.all_input_nodes:
             if last[source] is node:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from galvatron_compile import profiling
@@ -16,6 +17,19 @@ from galvatron_compile.curves import KINDS
 from galvatron_compile.profiling_collectives import groups_of
 
 TINY = profiling.Sizes((16, 32), (8, 16), 2, 2**16, (1024, 8192), 0.005)
+
+
+@pytest.mark.parametrize(
+    ("payloads_mib", "cpu", "cuda"),
+    [((0.25, 1, 4, 16), 4, 16), ((1, 2, 64, 256), 2, 64), ((0.5, 3), 3, 3), ((100, 200), 100, 100)],
+)
+def test_overlap_is_measured_with_messages_as_large_as_layers(
+    payloads_mib: tuple[float, ...], cpu: float, cuda: float
+) -> None:
+    payloads_bytes = tuple(int(size * 2**20) for size in payloads_mib)
+    sizes = profiling.Sizes((16,), (8,), 2, 2**16, payloads_bytes, 0.005)
+    assert sizes.overlap_bytes(torch.device("cpu")) == cpu * 2**20
+    assert sizes.overlap_bytes(torch.device("cuda")) == cuda * 2**20
 
 
 def test_lone_process_measures_computation() -> None:

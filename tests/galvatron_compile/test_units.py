@@ -75,6 +75,24 @@ def test_without_zero_the_layer_computes_with_the_masters_memory() -> None:
     assert not list(unit.parameters())
 
 
+def test_a_parameter_without_a_gradient_in_a_later_step_gets_none() -> None:
+    alone = Axis("dp1", (0,), 0)
+    layouts = [ParameterLayout(name, (2,), R, 1, 1, 0) for name in ("a", "b")]
+    unit = ParameterUnit(
+        "u", layouts, [torch.ones(2), torch.ones(2)], data=alone, tensor=alone,
+        precision=Precision(), device=torch.device("cpu"),
+    )  # fmt: skip
+    for places in ((0, 1), (0,)):
+        for place in places:
+            unit.add_gradient(place, torch.full((2,), 3.0))
+        for launched in unit.reduce():
+            launched.wait()
+        for master in unit.masters:
+            master.grad = None
+        unit.commit()
+    assert [m.grad is None for m in unit.masters] == [False, True]
+
+
 def test_a_dropped_unit_is_freed() -> None:
     """Its tensors' hooks must not keep it, its memory and its process groups alive."""
     layout = ParameterLayout("w", (4, 2), R, tp=1, dp=1, zero=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,3 +26,12 @@ def seed() -> int:
     drawn = random.SystemRandom().randrange(2**31)
     print(f"seed {drawn}")
     return drawn
+
+
+@pytest.fixture
+def gpu_bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The modules of bench/gpu.py can be imported, anew in every test."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "bench"))
+    yield
+    for name in [name for name in sys.modules if name == "gpu" or name.startswith("gpu_")]:
+        del sys.modules[name]

@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-BENCH = Path(__file__).resolve().parents[2] / "bench"
-
-
-@pytest.fixture(autouse=True)
-def importable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.syspath_prepend(str(BENCH))
-    yield
-    for name in [name for name in sys.modules if name == "gpu" or name.startswith("gpu_")]:
-        del sys.modules[name]
+pytestmark = pytest.mark.usefixtures("gpu_bench")
 
 
 def test_tolerance_is_by_element_and_in_the_mean(seed: int) -> None:

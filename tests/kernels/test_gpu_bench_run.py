@@ -4,23 +4,14 @@ from __future__ import annotations
 
 import io
 import json
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-BENCH = Path(__file__).resolve().parents[2] / "bench"
-
-
-@pytest.fixture(autouse=True)
-def importable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.syspath_prepend(str(BENCH))
-    yield
-    for name in [name for name in sys.modules if name == "gpu" or name.startswith("gpu_")]:
-        del sys.modules[name]
+pytestmark = pytest.mark.usefixtures("gpu_bench")
 
 
 class Answers:

@@ -51,6 +51,28 @@ def test_no_rank_leaves_a_barrier_before_all_have_come(
         assert min(left for _, left in turn) >= max(came for came, _ in turn)
 
 
+class OnDevice(Tensor):
+    """Stands for a state on a GPU."""
+
+    is_cuda = True  # type: ignore[assignment]
+
+
+def test_a_glance_tells_a_failure_by_the_next_call() -> None:
+    state = torch.zeros(2, dtype=torch.int64)
+    found = Peers(0, 4, memory=mock.Mock(state=state.as_subclass(OnDevice)))
+    found._seen = torch.zeros(2, dtype=torch.int64)  # pinned memory needs a GPU
+    found.glance()
+    state[1] = 3  # 1 + the rank that did not come
+    found.glance()  # the copy that is read was made before
+    with pytest.raises(RuntimeError, match="rank 0 of 4 waited in vain for rank 2"):
+        found.glance()
+
+
+def test_a_glance_without_a_gpu_does_nothing() -> None:
+    Peers(0, 2).glance()
+    Peers(0, 2, memory=mock.Mock(state=torch.ones(2, dtype=torch.int64))).glance()
+
+
 def one_does_not_come() -> str:
     peers = make_peers(capacity_bytes=4096, num_slots=4, max_polls=2000)
     try:

@@ -11,11 +11,13 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
+from galvatron_compile.compiler import understand
 from galvatron_compile.graph import Graph
 from galvatron_compile.passes import attention as module
 from galvatron_compile.passes.attention import attention
 from galvatron_compile.passes.batch import batch
 from galvatron_compile.passes.capture import capture
+from galvatron_compile.precision import Precision
 
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 LENGTH, WIDTH = 6, 8
@@ -54,6 +56,11 @@ def added(x: Tensor) -> Tensor:
     return torch.full((LENGTH, LENGTH), lowest, dtype=x.dtype, device=x.device).triu(1)
 
 
+def moved(x: Tensor) -> Tensor:
+    """Made on the CPU and brought to the model's device."""
+    return torch.ones(LENGTH, LENGTH).tril().to(x.device, torch.bool)
+
+
 def infinite(x: Tensor) -> Tensor:
     zeros = torch.zeros(LENGTH, LENGTH, dtype=x.dtype, device=x.device)
     return zeros.masked_fill(~causal(x)[0, 0], float("-inf"))
@@ -77,6 +84,17 @@ def sloped(x: Tensor) -> Tensor:
     """Causal, with a bias for nearness."""
     rows, columns = positions(x)
     return (columns - rows).to(x.dtype).masked_fill(columns > rows, float("-inf"))
+
+
+def leaning(x: Tensor) -> Tensor:
+    """What lies ahead counts less, but counts."""
+    rows, columns = positions(x)
+    return (columns > rows).to(x.dtype) * -5.0
+
+
+def drawn(x: Tensor) -> Tensor:
+    """Drawn anew in every step, whatever comes out."""
+    return (torch.rand(LENGTH, LENGTH, device=x.device) >= 0) & causal(x)
 
 
 def of_the_batch(x: Tensor) -> Tensor:
@@ -132,6 +150,14 @@ def test_a_causal_mask_becomes_the_flag_and_its_computation_goes(mask: Mask) -> 
     same_loss(model, found)
 
 
+@pytest.mark.parametrize("mask", [causal, moved])
+def test_a_model_on_the_meta_device(mask: Mask) -> None:
+    with torch.device("meta"):
+        model = Attends(mask)
+        example = torch.randn(4, LENGTH, WIDTH)
+    assert call(attention(capture(model, (example,)))).args[3:] == (None, 0.0, True)
+
+
 def test_options_of_the_operator_stay() -> None:
     model, graph = captured(causal, scale=0.3)
     found = attention(graph)
@@ -159,7 +185,8 @@ def test_fewer_keys_than_queries() -> None:
 
 
 @pytest.mark.parametrize(
-    "mask", [window, sloped, of_the_batch, first_sample, shifted, buffered]
+    "mask",
+    [window, sloped, leaning, drawn, of_the_batch, first_sample, shifted, buffered],
 )
 def test_every_other_mask_stays(mask: Mask) -> None:
     model, graph = captured(mask)
@@ -206,3 +233,9 @@ def test_transformers(padded: bool) -> None:
         graph.module(*given.values()), model(**given).loss, rtol=1e-12, atol=1e-12
     )
     batch(graph)  # what follows takes it
+
+
+def test_compile_understands_models_so() -> None:
+    example = (torch.randn(4, LENGTH, WIDTH),)
+    layered = understand(Attends(causal), example, lambda loss, _: loss, Precision())
+    assert call(layered.graph).args[3:] == (None, 0.0, True)
