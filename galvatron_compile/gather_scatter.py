@@ -1,15 +1,16 @@
 """All-gather and reduce-scatter of one flat buffer: one name on every torch version, and on the CPU
-a reduce-scatter that moves no more than it must.
+ones that copy no more than they must.
 
-gloo reduces a whole copy of the buffer on every rank and hands out a part (torch 2.11 to 2.13:
-two to six times as long as to send the parts, bench/LOG.md). So on the CPU the parts are exchanged
-and every rank sums its own: (n - 1) / n of the buffer leaves a rank, as in a ring, and sums of
-16-bit numbers are rounded once.
+gloo gathers into memory of its own and copies from there, and to reduce and scatter it reduces a
+whole copy of the buffer on every rank (torch 2.11 to 2.13: half as long again, two to six times as
+long as to send the parts, bench/LOG.md). So on the CPU parts go from rank to rank: (n - 1) / n of
+the buffer leaves a rank, as in a ring, and sums of 16-bit numbers are rounded once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import torch
@@ -32,6 +33,12 @@ def all_gather(output: Tensor, part: Tensor, group: dist.ProcessGroup | None) ->
 
     The caller keeps both, and leaves them alone, until it has waited.
     """
+    if part.device.type == "cpu":
+        me = dist.get_rank(group)
+        parts = output.detach().view(dist.get_world_size(group), -1)
+        if parts[me].data_ptr() != part.data_ptr():
+            parts[me].copy_(part.detach())
+        return _Messages(lambda rank: part.detach(), lambda rank: parts[rank], group)
     return _gather(output, part, group=group, async_op=True)  # type: ignore[no-any-return]
 
 
@@ -55,37 +62,67 @@ class _Kept:
         del self.whole
 
 
+class _Messages:
+    """A message to and one from every other rank of ``group``.
+
+    sent, received: by the other's number in the group, what to send and where to write.
+
+    They are started on a thread of their own: while gloo reads or writes a connection it holds its
+    lock, and who starts the next message waits for milliseconds (bench/LOG.md). One thread, so that
+    messages of two ranks start in the order in which all ranks ask for them.
+    """
+
+    _starter = ThreadPoolExecutor(1, thread_name_prefix="galvatron-messages")
+
+    def __init__(
+        self,
+        sent: Callable[[int], Tensor],
+        received: Callable[[int], Tensor],
+        group: dist.ProcessGroup | None,
+    ) -> None:
+        ranks = dist.get_process_group_ranks(group or dist.group.WORLD)  # type: ignore[arg-type]
+        n, me = len(ranks), dist.get_rank(group)
+        others = [(me + step) % n for step in range(1, n)]
+        # Views are made here: what runs on another thread knows nothing of no_grad.
+        incoming = [(received(rank), ranks[rank]) for rank in reversed(others)]
+        outgoing = [(sent(rank), ranks[rank]) for rank in others]
+
+        def start() -> list[dist.Work | None]:
+            works = [dist.irecv(tensor, rank, group=group) for tensor, rank in incoming]
+            return works + [dist.isend(tensor, rank, group=group) for tensor, rank in outgoing]
+
+        self.started = self._starter.submit(start)
+
+    def wait(self) -> None:
+        for work in self.started.result():
+            assert work is not None
+            work.wait()
+
+
 class _Exchange:
     """Every rank's part to its rank; the sum is made by who waits.
 
-    By sends and receives: gloo's all-to-all takes half as long again where calls follow each other
-    on a slow link (bench/LOG.md).
+    By messages: gloo's all-to-all takes half as long again where calls follow each other on a slow
+    link (bench/LOG.md).
     """
 
     def __init__(self, output: Tensor, whole: Tensor, group: dist.ProcessGroup | None) -> None:
-        ranks = dist.get_process_group_ranks(group or dist.group.WORLD)  # type: ignore[arg-type]
-        n, me = len(ranks), dist.get_rank(group)
-        parts = whole.view(n, -1)
-        self.output, self.parts, self.me = output.view(-1), parts, me
-        self.received = whole.new_empty((n - 1, parts.shape[1]))
-        self.works: list[dist.Work | None] = []
-        for step in range(1, n):
-            source = ranks[(me - step) % n]
-            self.works.append(dist.irecv(self.received[step - 1], source, group=group))
-        for step in range(1, n):
-            target = (me + step) % n
-            self.works.append(dist.isend(parts[target], ranks[target], group=group))
+        n, me = dist.get_world_size(group), dist.get_rank(group)
+        parts = whole.detach().view(n, -1)
+        received = whole.new_empty((n - 1, parts.shape[1]))
+        self.output, self.everyone = output.view(-1), [parts[me], *received]
+        self.messages = _Messages(
+            parts.__getitem__, lambda rank: received[(me - rank) % n - 1], group
+        )
 
     def wait(self) -> None:
-        for work in self.works:
-            assert work is not None
-            work.wait()
-        everyone = [self.parts[self.me], *self.received]  # one rounding for 16-bit numbers
+        self.messages.wait()
+        everyone = self.everyone
         wide = torch.float32 if self.output.dtype.itemsize == 2 else self.output.dtype
         if wide == self.output.dtype:
             torch.add(everyone[0], everyone[1], out=self.output)
             for part in everyone[2:]:
                 self.output.add_(part)
-        else:
+        else:  # one rounding for 16-bit numbers
             self.output.copy_(torch.stack(everyone).sum(0, dtype=wide))
-        del self.works, self.parts, self.received
+        del self.messages, self.everyone

@@ -48,16 +48,38 @@ def test_sums_and_gathers(ranks: Any, world_size: int) -> None:
 
 
 def overlapping(count: int) -> None:
-    """Several at a time, waited for in another order than started."""
+    """Several of both kinds at a time, waited for in another order than started."""
     rank, n = dist.get_rank(), dist.get_world_size()
-    outputs = [torch.empty(10) for _ in range(count)]
+    sums = [torch.empty(10) for _ in range(count)]
     wholes = [torch.full((10 * n,), float(rank + place)) for place in range(count)]
-    started = [reduce_scatter(o, w, None) for o, w in zip(outputs, wholes, strict=True)]
+    gathers = [torch.empty(3 * n) for _ in range(count)]
+    parts = [torch.full((3,), float(10 * rank + place)) for place in range(count)]
+    started = []
+    for place in range(count):
+        started.append(reduce_scatter(sums[place], wholes[place], None))
+        started.append(all_gather(gathers[place], parts[place], None))
     for work in reversed(started):
         work.wait()
-    for place, output in enumerate(outputs):
-        assert output.tolist() == [float(sum(range(n)) + n * place)] * 10
+    for place in range(count):
+        assert sums[place].tolist() == [float(sum(range(n)) + n * place)] * 10
+        assert gathers[place].view(n, 3)[:, 0].tolist() == [10.0 * r + place for r in range(n)]
 
 
-def test_several_are_under_way_at_once(ranks: Any) -> None:
-    ranks(2).run(overlapping, 4)
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_several_are_under_way_at_once(ranks: Any, world_size: int) -> None:
+    ranks(world_size).run(overlapping, 4)
+
+
+def in_place() -> None:
+    """A part that lies in the output already, of a parameter that autograd watches."""
+    rank, n = dist.get_rank(), dist.get_world_size()
+    output = torch.zeros(n * 5, requires_grad=True)
+    with torch.no_grad():
+        output[rank * 5 : rank * 5 + 5].fill_(float(rank + 1))
+        all_gather(output, output[rank * 5 : rank * 5 + 5], None).wait()
+    assert output.view(n, 5)[:, 0].tolist() == [r + 1.0 for r in range(n)]
+    assert output.is_leaf and output.grad_fn is None
+
+
+def test_a_gather_may_read_where_it_writes(ranks: Any) -> None:
+    ranks(2).run(in_place)
