@@ -1,4 +1,5 @@
-"""Operators that run on shards of the vocabulary, and the loss as a sum instead of a mean.
+"""Operators that run on shards of the vocabulary, the loss as a sum instead of a mean, attention of
+grouped queries.
 
 For random operators see :mod:`galvatron_compile.random_operators`, whose names are offered here
 too.
@@ -23,6 +24,7 @@ __all__ = [
     "cross_entropy_sum_shard",
     "cross_entropy_weight",
     "embedding_shard",
+    "grouped_query_attention",
     "is_random",
     "seeded",
     "without_dropout",
@@ -49,6 +51,40 @@ def embedding_shard(weight: Tensor, ids: Tensor, padding_idx: int | None, axis: 
         padding = padding_idx - start
     found = F.embedding(local, weight, padding)
     return found.masked_fill(elsewhere.unsqueeze(-1), 0)
+
+
+def grouped_query_attention(
+    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None
+) -> Tensor:
+    """Attention in which neighbouring query heads share a key head (arXiv 2305.13245).
+
+    Keys and values are repeated after all where PyTorch's kernel could not share them: on CUDA
+    only FlashAttention can, and without it every score would be kept.
+
+    Args:
+        query: (batch, heads, queries, width).
+        key, value: (batch, key heads, keys, width); the heads are a multiple of theirs.
+        scale: of the scores; None: 1 / √width.
+
+    Returns:
+        (batch, heads, queries, width).
+    """
+    if not _shares_heads(query, key, value):
+        times = query.shape[1] // key.shape[1]
+        key, value = (each.repeat_interleave(times, dim=1) for each in (key, value))
+        return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale)
+    return F.scaled_dot_product_attention(
+        query, key, value, is_causal=is_causal, scale=scale, enable_gqa=True
+    )
+
+
+def _shares_heads(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether the kernel for these takes fewer key heads than query heads."""
+    if query.device.type != "cuda":
+        return True
+    widths = {each.shape[-1] for each in (query, key, value)}
+    is_flash = query.dtype.itemsize == 2 and len(widths) == 1 and max(widths) <= 256
+    return is_flash and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 def cross_entropy_sum(

@@ -14,6 +14,7 @@ from galvatron_compile.collectives import conversion
 from galvatron_compile.errors import UnsupportedError
 from galvatron_compile.graph import note, noted
 from galvatron_compile.mesh import Axis
+from galvatron_compile.passes.sharding.grouped_queries import share_heads
 from galvatron_compile.passes.sharding.problem import is_element, value_of
 from galvatron_compile.passes.sharding.propagate import local_value, propagate, whole_value
 from galvatron_compile.passes.sharding.rules import Emitter, tensor_inputs
@@ -106,6 +107,7 @@ class _Localiser:
         attributes[f"axis_{self.axis.name}"] = self.axis
         module = fx.GraphModule(attributes, self.graph, class_name="LocalLayer")
         propagate(module)
+        share_heads(module)
         module.graph.lint()
         return module
 
