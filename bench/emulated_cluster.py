@@ -4,7 +4,7 @@
 (:mod:`galvatron_compile.emulation`), at two link speeds each, it profiles the cluster, lets
 ``gc.compile`` search, and trains under every plan of bench/emulated/plans.py. A step is
 ``parallel.step``, AdamW and ``zero_grad``; its time is that of the slowest rank, the median over
-repetitions in which all plans take turns. Take numbers on a quiet machine only.
+repetitions in which all plans take turns of some steps. Take numbers on a quiet machine only.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ def save(key: str, runs: list[dict[str, Any]], options: argparse.Namespace) -> P
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--topologies", nargs="+", default=list(TOPOLOGIES), choices=TOPOLOGIES)
-    parser.add_argument("--warm-up", type=int, default=2)
-    parser.add_argument("--repetitions", type=int, default=12)
+    parser.add_argument("--warm-up", type=int, default=1, help="turns that do not count")
+    parser.add_argument("--repetitions", type=int, default=6, help="turns that do")
     parser.add_argument("--verbose", action="store_true", help="print what rank 0 prints")
     options = parser.parse_args()
     reason = why_not()
