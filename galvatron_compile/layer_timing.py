@@ -158,7 +158,7 @@ def _prepare(
 
 def _time(forward: Forward, device: torch.device) -> tuple[float, float] | None:
     """Forward and backward in ms; None if the memory does not suffice."""
-    return _attempt(lambda: _medians(forward, device), device)
+    return _attempt(lambda: _means(forward, device), device)
 
 
 def _attempt(step: Callable[[], T], device: torch.device) -> T | None:
@@ -179,14 +179,20 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, kinds) or any(sign in str(error) for sign in signs)
 
 
-def _medians(forward: Forward, device: torch.device) -> tuple[float, float]:
-    """Of repeated runs after one to warm up; at most about half a second in all.
+_LEAST_S, _MOST_S, _ENOUGH_RUNS = 0.1, 0.4, 9
 
-    A run of a second or more is its own warm-up.
+
+def _means(forward: Forward, device: torch.device) -> tuple[float, float]:
+    """Of repeated runs after one to warm up, which go on for a while, so that ranks that share the
+    machine run beside each other. A run of a second or more is its own warm-up.
+
+    Not the median: a step is a sum of many such runs, with all that now and then delays one. Where
+    ranks share a core they have it in turns of some milliseconds, and most runs of a short layer
+    are not interrupted.
     """
     pairs: list[tuple[float, float]] = []
-    deadline = time.perf_counter() + 0.4
-    while len(pairs) < 2 or (len(pairs) < 9 and time.perf_counter() < deadline):
+    start_s = time.perf_counter()
+    while len(pairs) < 2 or _goes_on(len(pairs), time.perf_counter() - start_s):
         start = _now(device)
         backward = forward()
         middle = _now(device)
@@ -196,7 +202,11 @@ def _medians(forward: Forward, device: torch.device) -> tuple[float, float]:
             break
     kept = pairs[1:] or pairs
     forward_s, backward_s = zip(*kept, strict=True)
-    return statistics.median(forward_s) * 1e3, statistics.median(backward_s) * 1e3
+    return statistics.fmean(forward_s) * 1e3, statistics.fmean(backward_s) * 1e3
+
+
+def _goes_on(num_runs: int, elapsed_s: float) -> bool:
+    return elapsed_s < _LEAST_S or (num_runs < _ENOUGH_RUNS and elapsed_s < _MOST_S)
 
 
 def _now(device: torch.device) -> float:
@@ -205,7 +215,7 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-_METHOD = "method2"  # times that were taken in another way than now are not comparable
+_METHOD = "method3"  # times that were taken in another way than now are not comparable
 
 
 def _machine(job: Job) -> str:

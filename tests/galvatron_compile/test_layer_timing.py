@@ -65,14 +65,14 @@ def sizes_of(
     """The sizes that are run if one of ``size`` samples takes ``total_ms(size)``."""
     run: list[int] = []
 
-    def medians(forward: Callable[[], int], device: torch.device) -> tuple[float, float]:
+    def means(forward: Callable[[], int], device: torch.device) -> tuple[float, float]:
         size = forward()
         if total_ms(size) == math.inf:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
         run.append(size)
         return total_ms(size) / 3, total_ms(size) * 2 / 3
 
-    monkeypatch.setattr(layer_timing, "_medians", medians)
+    monkeypatch.setattr(layer_timing, "_means", means)
     experiment = Experiment(FORM, "", wanted, first, lambda size: lambda: size)
     timings = measure_layers([experiment], Job(0, 1, torch.device("cpu")), None)
     assert sorted(timings) == [(*FORM, size) for size in sorted(run)]
@@ -187,3 +187,57 @@ def test_a_broken_cache_is_measured_again(tmp_path: Path) -> None:
     (path,) = tmp_path.glob("*.json")
     path.write_text("{half")
     assert measure_layers([experiment], JOB, tmp_path)[*FORM, 4].forward_ms > 0
+
+
+class Clock:
+    """Stands for the time module; goes on only as what is timed says."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now_s
+
+
+def run_beside_others(
+    monkeypatch: pytest.MonkeyPatch, forward_ms: Callable[[int], float]
+) -> tuple[LayerTiming, Clock]:
+    """Backward takes 2 ms; run ``k`` of forward as long as told."""
+    clock, count = Clock(), 0
+
+    def forward() -> Callable[[], None]:
+        nonlocal count
+        clock.now_s += forward_ms(count) / 1e3
+        count += 1
+
+        def backward() -> None:
+            clock.now_s += 2e-3
+
+        return backward
+
+    monkeypatch.setattr(layer_timing, "time", clock)
+    found = measure_layers([Experiment(FORM, "", (4,), 4, lambda size: forward)], JOB, None)
+    return found[*FORM, 4], clock
+
+
+def test_runs_that_others_interrupt_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every fifth run waits for another rank's turn on the core; the first one warms up."""
+    timing, clock = run_beside_others(
+        monkeypatch, lambda run: 50.0 if run == 0 else 13.0 if run % 5 == 0 else 3.0
+    )
+    assert timing.forward_ms == pytest.approx(3.0, abs=1.5) and timing.forward_ms > 3.5
+    assert timing.backward_ms == pytest.approx(2.0)
+    assert 0.1 <= clock.now_s < 0.12
+
+
+def test_short_runs_go_on_for_a_while_and_long_ones_are_few(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    timing, clock = run_beside_others(monkeypatch, lambda run: 1.0)
+    assert timing.forward_ms == pytest.approx(1.0) and 0.1 <= clock.now_s < 0.104
+    timing, clock = run_beside_others(monkeypatch, lambda run: 18.0)  # nine runs of 20 ms
+    assert timing.forward_ms == pytest.approx(18.0) and clock.now_s == pytest.approx(0.18)
+    timing, clock = run_beside_others(monkeypatch, lambda run: 298.0)
+    assert timing.forward_ms == pytest.approx(298.0) and clock.now_s == pytest.approx(0.6)
+    timing, clock = run_beside_others(monkeypatch, lambda run: 1998.0)
+    assert timing.forward_ms == pytest.approx(1998.0) and clock.now_s == pytest.approx(2.0)
