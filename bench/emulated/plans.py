@@ -60,13 +60,12 @@ class Topology:
 
 
 # Between these the best plan changes: data parallel with a divided head, and a pipeline.
-FAST, SLOW = 2e9, 4e8
 
 TOPOLOGIES = {
     "a": Topology(
         "2 nodes x 1 rank",
         1,
-        (FAST, SLOW),
+        (1.5e9, 4e8),
         {
             "data": ("dp2",),
             "FSDP": ("dp2.zero3",),
@@ -95,7 +94,7 @@ TOPOLOGIES = {
     "b": Topology(
         "2 nodes x 2 ranks",
         2,
-        (FAST, SLOW),
+        (2e9, 4e8),
         {
             "data": ("dp4",),
             "FSDP": ("dp4.zero3",),
