@@ -59,8 +59,7 @@ class Topology:
         return tuple(dict.fromkeys((*pure, *self.plans)))
 
 
-# Between these the best plan changes: data parallel with a divided head, and a pipeline.
-
+# Between the two speeds the best plan changes: data parallel with a divided head, and a pipeline.
 TOPOLOGIES = {
     "a": Topology(
         "2 nodes x 1 rank",
