@@ -21,6 +21,7 @@ T = TypeVar("T")
 FormKey = tuple[int, int, bool]  # class index, tensor-parallel degree, sequence parallel
 TimingKey = tuple[int, int, bool, int]  # … and the micro-batch size on one rank
 
+Clock = Callable[[], float]
 Forward = Callable[[], Callable[[], Any]]  # runs forward, returns what runs backward
 
 LONGEST_RUN_MS = 200.0  # forward and backward; what takes longer is extrapolated from less
@@ -111,11 +112,12 @@ def measure_layers(
     experiments = list(experiments)
     place = _machine(job)
     cached = job.gather(_read_cache(cache_dir, place) if job.rank == 0 else {})[0]
+    clock = _clock(job)
     timings: dict[TimingKey, LayerTiming] = {}
     for done, experiment in enumerate(experiments):
         size: int | None = experiment.first
         while size is not None:
-            timing = _timing(experiment, size, job, cached)
+            timing = _timing(experiment, size, job, cached, clock)
             if timing is None:
                 break
             timings[(*experiment.form, size)] = timing
@@ -128,7 +130,7 @@ def measure_layers(
 
 
 def _timing(
-    experiment: Experiment, size: int, job: Job, cached: dict[str, list[float]]
+    experiment: Experiment, size: int, job: Job, cached: dict[str, list[float]], clock: Clock
 ) -> LayerTiming | None:
     """From the cache, or measured and put there; None if some rank has not enough memory."""
     name = hashlib.sha256(f"{experiment.text} batch={size}".encode()).hexdigest()[:24]
@@ -138,7 +140,7 @@ def _timing(
         # that is timed while others have nothing to do has more of a shared machine.
         if not all(job.everyone(partial(_prepare, experiment.prepare, size, job.device, made))):
             return None
-        each = job.everyone(partial(_time, made[0], job.device))
+        each = job.everyone(partial(_time, made[0], job.device, clock))
         known = [times for times in each if times is not None]
         if len(known) < len(each):
             return None
@@ -156,9 +158,11 @@ def _prepare(
     return found is not None
 
 
-def _time(forward: Forward, device: torch.device) -> tuple[float, float] | None:
+def _time(
+    forward: Forward, device: torch.device, clock: Clock
+) -> tuple[float, float] | None:
     """Forward and backward in ms; None if the memory does not suffice."""
-    return _attempt(lambda: _means(forward, device), device)
+    return _attempt(lambda: _means(forward, clock), device)
 
 
 def _attempt(step: Callable[[], T], device: torch.device) -> T | None:
@@ -182,22 +186,20 @@ def _is_out_of_memory(error: Exception) -> bool:
 _LEAST_S, _MOST_S, _ENOUGH_RUNS = 0.1, 0.4, 9
 
 
-def _means(forward: Forward, device: torch.device) -> tuple[float, float]:
+def _means(forward: Forward, clock: Clock) -> tuple[float, float]:
     """Of repeated runs after one to warm up, which go on for a while, so that ranks that share the
     machine run beside each other. A run of a second or more is its own warm-up.
 
-    Not the median: a step is a sum of many such runs, with all that now and then delays one. Where
-    ranks share a core they have it in turns of some milliseconds, and most runs of a short layer
-    are not interrupted.
+    Not the median: a step is a sum of many such runs, with all that now and then delays one.
     """
     pairs: list[tuple[float, float]] = []
     start_s = time.perf_counter()
     while len(pairs) < 2 or _goes_on(len(pairs), time.perf_counter() - start_s):
-        start = _now(device)
+        start = clock()
         backward = forward()
-        middle = _now(device)
+        middle = clock()
         backward()
-        pairs.append((middle - start, _now(device) - middle))
+        pairs.append((middle - start, clock() - middle))
         if sum(pairs[0]) > 1:
             break
     kept = pairs[1:] or pairs
@@ -209,13 +211,30 @@ def _goes_on(num_runs: int, elapsed_s: float) -> bool:
     return elapsed_s < _LEAST_S or (num_runs < _ENOUGH_RUNS and elapsed_s < _MOST_S)
 
 
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _clock(job: Job) -> Clock:
+    """Seconds; on a GPU when it is done with all that it was given.
+
+    Where ranks share cores they have them in turns, some for longer than others, and who is done
+    leaves them to the rest. There it is this process's CPU time, times how long that takes while
+    all ranks are busy.
+    """
+    if job.device.type == "cuda":
+        return partial(_after_device, job.device)
+    cores = job.cores()
+    if not cores:
+        return time.perf_counter
+    mine = cores[job.rank]
+    num_threads = sum(each.num_threads for each in cores if each.pool == mine.pool)
+    crowding = max(1.0, num_threads / mine.num_cores)
+    return lambda: time.process_time() * crowding / mine.num_threads
+
+
+def _after_device(device: torch.device) -> float:
+    torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
-_METHOD = "method3"  # times that were taken in another way than now are not comparable
+_METHOD = "method4"  # times that were taken in another way than now are not comparable
 
 
 def _machine(job: Job) -> str:

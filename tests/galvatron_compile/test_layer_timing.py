@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from galvatron_compile.layer_timing import (
     interpolate,
     measure_layers,
 )
+from galvatron_compile.work import Cores
 
 FORM = (0, 2, False)
 JOB = Job(0, 1, torch.device("cpu"))
@@ -65,7 +67,7 @@ def sizes_of(
     """The sizes that are run if one of ``size`` samples takes ``total_ms(size)``."""
     run: list[int] = []
 
-    def means(forward: Callable[[], int], device: torch.device) -> tuple[float, float]:
+    def means(forward: Callable[[], int], clock: Callable[[], float]) -> tuple[float, float]:
         size = forward()
         if total_ms(size) == math.inf:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
@@ -193,10 +195,13 @@ class Clock:
     """Stands for the time module; goes on only as what is timed says."""
 
     def __init__(self) -> None:
-        self.now_s = 0.0
+        self.now_s = self.worked_s = 0.0
 
     def perf_counter(self) -> float:
         return self.now_s
+
+    def process_time(self) -> float:
+        return self.worked_s
 
 
 def run_beside_others(
@@ -241,3 +246,41 @@ def test_short_runs_go_on_for_a_while_and_long_ones_are_few(
     assert timing.forward_ms == pytest.approx(298.0) and clock.now_s == pytest.approx(0.6)
     timing, clock = run_beside_others(monkeypatch, lambda run: 1998.0)
     assert timing.forward_ms == pytest.approx(1998.0) and clock.now_s == pytest.approx(2.0)
+
+
+def test_ranks_that_share_cores_are_timed_by_their_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three ranks of two threads on four cores; this one has its cores as it happens to get them.
+    Forward is 6 ms of work in its two threads together, backward twice as much."""
+    clock, shares = Clock(), cycle([0.3, 1.0, 0.6])
+
+    def work(ms: float) -> None:
+        clock.worked_s += ms / 1e3
+        clock.now_s += ms / 2 / 1e3 / next(shares)
+
+    def forward() -> Callable[[], None]:
+        work(6.0)
+        return lambda: work(12.0)
+
+    cores = (Cores(0, 4, 2), Cores(0, 4, 2), Cores(0, 4, 2))
+    monkeypatch.setattr(layer_timing, "time", clock)
+    monkeypatch.setattr(Job, "cores", lambda self: cores)
+    found = measure_layers([Experiment(FORM, "", (4,), 4, lambda size: forward)], JOB, None)
+    timing = found[*FORM, 4]
+    # 3 ms on two cores of its own; six threads share four.
+    assert timing.forward_ms == pytest.approx(3.0 * 6 / 4)
+    assert timing.backward_ms == pytest.approx(6.0 * 6 / 4)
+
+
+def test_cores_of_another_pool_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+
+    def forward() -> Callable[[], None]:
+        clock.worked_s += 2e-3
+        clock.now_s += 5e-3
+        return lambda: None
+
+    cores = (Cores(0, 1, 1), Cores(1, 1, 1), Cores(1, 1, 1))
+    monkeypatch.setattr(layer_timing, "time", clock)
+    monkeypatch.setattr(Job, "cores", lambda self: cores)
+    found = measure_layers([Experiment(FORM, "", (4,), 4, lambda size: forward)], JOB, None)
+    assert found[*FORM, 4].forward_ms == pytest.approx(2.0)
