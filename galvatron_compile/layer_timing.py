@@ -7,7 +7,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from galvatron_compile.job import Job
+from galvatron_compile.work import Cores
 
 T = TypeVar("T")
 FormKey = tuple[int, int, bool]  # class index, tensor-parallel degree, sequence parallel
@@ -110,9 +111,9 @@ def measure_layers(
     writes the cache (``cache_dir``, one JSON file a machine); nothing is cached if it is None.
     """
     experiments = list(experiments)
-    place = _machine(job)
+    cores = job.cores()
+    place, clock = _machine(job, cores), _clock(job, cores)
     cached = job.gather(_read_cache(cache_dir, place) if job.rank == 0 else {})[0]
-    clock = _clock(job)
     timings: dict[TimingKey, LayerTiming] = {}
     for done, experiment in enumerate(experiments):
         size: int | None = experiment.first
@@ -211,22 +212,28 @@ def _goes_on(num_runs: int, elapsed_s: float) -> bool:
     return elapsed_s < _LEAST_S or (num_runs < _ENOUGH_RUNS and elapsed_s < _MOST_S)
 
 
-def _clock(job: Job) -> Clock:
+def _clock(job: Job, cores: Sequence[Cores]) -> Clock:
     """Seconds; on a GPU when it is done with all that it was given.
 
-    Where ranks share cores they have them in turns, some for longer than others, and who is done
-    leaves them to the rest. There it is this process's CPU time, times how long that takes while
-    all ranks are busy.
+    Where ranks of one thread share cores they have them in turns, some for longer than others, and
+    who is done leaves them to the rest. There it is this process's CPU time, times how long that
+    takes while all ranks are busy.
     """
     if job.device.type == "cuda":
         return partial(_after_device, job.device)
-    cores = job.cores()
-    if not cores:
+    crowding = _crowding(job, cores)
+    if crowding == 1 or cores[job.rank].num_threads > 1:  # of several threads some may be idle
         return time.perf_counter
+    return lambda: time.process_time() * crowding
+
+
+def _crowding(job: Job, cores: Sequence[Cores]) -> float:
+    """Threads for each core that this rank may use, at least 1."""
+    if not cores:
+        return 1.0
     mine = cores[job.rank]
     num_threads = sum(each.num_threads for each in cores if each.pool == mine.pool)
-    crowding = max(1.0, num_threads / mine.num_cores)
-    return lambda: time.process_time() * crowding / mine.num_threads
+    return max(1.0, num_threads / mine.num_cores)
 
 
 def _after_device(device: torch.device) -> float:
@@ -237,14 +244,15 @@ def _after_device(device: torch.device) -> float:
 _METHOD = "method4"  # times that were taken in another way than now are not comparable
 
 
-def _machine(job: Job) -> str:
+def _machine(job: Job, cores: Sequence[Cores]) -> str:
     """Everything about the machine and the software that a time depends on."""
     device = (
         torch.cuda.get_device_name(job.device)
         if job.device.type == "cuda"
         else f"{os.uname().machine}-{os.cpu_count()}cpu-{torch.get_num_threads()}threads"
     )
-    where = f"{device} torch{torch.__version__} ranks{job.world_size} {_METHOD}"
+    crowding = f"{_crowding(job, cores):g}acore"
+    where = f"{device} torch{torch.__version__} ranks{job.world_size} {crowding} {_METHOD}"
     return where.replace("/", "-")
 
 

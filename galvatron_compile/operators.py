@@ -69,22 +69,32 @@ def grouped_query_attention(
     Returns:
         (batch, heads, queries, width).
     """
-    if not _shares_heads(query, key, value):
-        times = query.shape[1] // key.shape[1]
-        key, value = (each.repeat_interleave(times, dim=1) for each in (key, value))
+    if query.device.type == "cuda" and not _flash_runs(query, key, value, is_causal):
+        key, value = repeat_heads(query, key, value)
         return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale)
     return F.scaled_dot_product_attention(
         query, key, value, is_causal=is_causal, scale=scale, enable_gqa=True
     )
 
 
-def _shares_heads(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether the kernel for these takes fewer key heads than query heads."""
-    if query.device.type != "cuda":
-        return True
+def repeat_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values with as many heads as the query."""
+    times = query.shape[1] // key.shape[1]
+    return key.repeat_interleave(times, dim=1), value.repeat_interleave(times, dim=1)
+
+
+def flash_takes(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> bool:
+    """Whether CUDA's FlashAttention takes these dtypes and shapes (torch 2.11 to 2.13)."""
     widths = {each.shape[-1] for each in (query, key, value)}
-    is_flash = query.dtype.itemsize == 2 and len(widths) == 1 and max(widths) <= 256
-    return is_flash and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    aligned = not is_causal or query.shape[2] == key.shape[2]
+    return query.dtype.itemsize == 2 and len(widths) == 1 and max(widths) <= 256 and aligned
+
+
+def _flash_runs(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> bool:
+    """Whether it takes them and is there."""
+    is_there = torch.cuda.get_device_capability(query.device) >= (8, 0)
+    is_wanted = torch.backends.cuda.flash_sdp_enabled()
+    return is_there and is_wanted and flash_takes(query, key, value, is_causal)
 
 
 def cross_entropy_sum(

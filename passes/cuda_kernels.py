@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
+from galvatron_compile.operators import flash_takes, grouped_query_attention, repeat_heads
 from galvatron_compile.random_operators import seeded
 
 aten = torch.ops.aten
@@ -112,6 +113,20 @@ def _attention(
     )
 
 
+def _grouped(
+    recorder: Recorder,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    is_causal: bool,
+    scale: float | None,
+) -> Any:
+    """As on CUDA, though it is the CPU where layers are counted."""
+    if not flash_takes(query, key, value, is_causal):
+        key, value = repeat_heads(query, key, value)
+    return grouped_query_attention(query, key, value, is_causal, scale)
+
+
 def _seeded(
     recorder: Recorder, op: Any, seed: Any, offset: int, coordinate: Any, *args: Any, **kwargs: Any
 ) -> Any:
@@ -125,6 +140,7 @@ KERNELS: Mapping[Any, Call] = {
     aten.rms_norm.default: _rms_norm,
     aten.dropout.default: _dropout,
     aten.scaled_dot_product_attention.default: _attention,
+    grouped_query_attention: _grouped,
     seeded: _seeded,
 }
 """What stands for an operator; called with the recorder and the operator's arguments."""

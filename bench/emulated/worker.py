@@ -112,7 +112,7 @@ class Contender:
     def record(self) -> None:
         """Time and memory of every action of one more step, on all ranks."""
         self.recorded = self.parallel.profile(
-            self.local, optimizer=self.optimizer, warm_up=0, repetitions=1
+            self.local, optimizer=self.optimizer, warm_up=1, repetitions=1
         )
 
     def take(self, warm_up: int) -> list[dict[str, Any]]:

@@ -36,6 +36,9 @@ def share_heads(module: fx.GraphModule) -> None:
         given = _arguments(node)
         if any(given[name] != value for name, value in _UNTOUCHED.items()):
             continue
+        shapes = [given[name].meta["val"].shape for name in ("query", "key", "value")]
+        if {len(shape) for shape in shapes} != {4} or len({shape[1] for shape in shapes}) > 1:
+            continue
         key, value = (_before_repetition(given[name]) for name in ("key", "value"))
         if key is None or value is None:
             continue
@@ -88,16 +91,12 @@ def _without(graph: fx.Graph, node: fx.Node, source: fx.Node, dim: int | None) -
 
 
 def _share(graph: fx.Graph, node: fx.Node, given: dict[str, Any], single: list[fx.Node]) -> None:
-    with graph.inserting_before(node):
-        call = graph.call_function(
-            grouped_query_attention,
-            (given["query"], *single, given["is_causal"], given["scale"]),
-        )
-    call.meta = dict(node.meta)
-    node.replace_all_uses_with(call)
-    graph.erase_node(node)
-    for name in ("key", "value"):
-        unread: Any = given[name]
+    """In place: the node keeps its name, under which its costs are found."""
+    node.target = grouped_query_attention
+    node.args = (given["query"], *single, given["is_causal"], given["scale"])
+    node.kwargs = {}
+    for repeated in dict.fromkeys((given["key"], given["value"])):
+        unread: Any = repeated
         while unread.target in _REPEATS and not unread.users:
             source = unread.args[0]
             graph.erase_node(unread)

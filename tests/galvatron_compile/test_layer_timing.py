@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
@@ -248,39 +248,49 @@ def test_short_runs_go_on_for_a_while_and_long_ones_are_few(
     assert timing.forward_ms == pytest.approx(1998.0) and clock.now_s == pytest.approx(2.0)
 
 
-def test_ranks_that_share_cores_are_timed_by_their_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three ranks of two threads on four cores; this one has its cores as it happens to get them.
-    Forward is 6 ms of work in its two threads together, backward twice as much."""
-    clock, shares = Clock(), cycle([0.3, 1.0, 0.6])
+def timed_among(
+    monkeypatch: pytest.MonkeyPatch, cores: tuple[Cores, ...], shares: Iterable[float]
+) -> LayerTiming:
+    """Rank 0 of these, which has its core for the given shares of the time, one after the other.
+    Forward is 3 ms of work, backward 6."""
+    clock, turns = Clock(), cycle(shares)
 
     def work(ms: float) -> None:
         clock.worked_s += ms / 1e3
-        clock.now_s += ms / 2 / 1e3 / next(shares)
+        clock.now_s += ms / 1e3 / next(turns)
 
     def forward() -> Callable[[], None]:
-        work(6.0)
-        return lambda: work(12.0)
+        work(3.0)
+        return lambda: work(6.0)
 
-    cores = (Cores(0, 4, 2), Cores(0, 4, 2), Cores(0, 4, 2))
     monkeypatch.setattr(layer_timing, "time", clock)
     monkeypatch.setattr(Job, "cores", lambda self: cores)
     found = measure_layers([Experiment(FORM, "", (4,), 4, lambda size: forward)], JOB, None)
-    timing = found[*FORM, 4]
-    # 3 ms on two cores of its own; six threads share four.
-    assert timing.forward_ms == pytest.approx(3.0 * 6 / 4)
-    assert timing.backward_ms == pytest.approx(6.0 * 6 / 4)
+    return found[*FORM, 4]
 
 
-def test_cores_of_another_pool_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock()
+def test_ranks_that_share_cores_are_timed_by_their_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    timing = timed_among(monkeypatch, (Cores(0, 2, 1),) * 3, [0.3, 1.0, 0.6])
+    assert timing.forward_ms == pytest.approx(3.0 * 3 / 2)
+    assert timing.backward_ms == pytest.approx(6.0 * 3 / 2)
 
-    def forward() -> Callable[[], None]:
-        clock.worked_s += 2e-3
-        clock.now_s += 5e-3
-        return lambda: None
 
-    cores = (Cores(0, 1, 1), Cores(1, 1, 1), Cores(1, 1, 1))
-    monkeypatch.setattr(layer_timing, "time", clock)
-    monkeypatch.setattr(Job, "cores", lambda self: cores)
-    found = measure_layers([Experiment(FORM, "", (4,), 4, lambda size: forward)], JOB, None)
-    assert found[*FORM, 4].forward_ms == pytest.approx(2.0)
+@pytest.mark.parametrize(
+    "cores",
+    [
+        (Cores(0, 1, 1), Cores(1, 1, 1), Cores(1, 1, 1)),  # others share, this one does not
+        (Cores(0, 4, 4), Cores(0, 4, 4)),  # several threads: how many of them work is not known
+    ],
+)
+def test_other_ranks_are_timed_by_the_clock(
+    monkeypatch: pytest.MonkeyPatch, cores: tuple[Cores, ...]
+) -> None:
+    assert timed_among(monkeypatch, cores, [0.5]).forward_ms == pytest.approx(6.0)
+
+
+def test_crowded_ranks_do_not_read_times_of_others(tmp_path: Path) -> None:
+    measure_layers([Experiment(FORM, "x", (4,), 4, doubling)], JOB, tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Job, "cores", lambda self: (Cores(0, 1, 1),) * 2)
+        measure_layers([Experiment(FORM, "x", (4,), 4, doubling)], JOB, tmp_path)
+    assert len(list(tmp_path.glob("*.json"))) == 2

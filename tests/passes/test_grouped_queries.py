@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ from torch import Tensor, fx, nn
 from galvatron_compile import operators
 from galvatron_compile.cluster import ClusterProfile
 from galvatron_compile.compiler import understand
-from galvatron_compile.graph import LayeredGraph
+from galvatron_compile.graph import LayeredGraph, noted
 from galvatron_compile.operators import grouped_query_attention
 from galvatron_compile.passes.layer_estimate import Estimator
+from galvatron_compile.passes.node_costs import note_costs
 from galvatron_compile.passes.sharding import apply
 from galvatron_compile.passes.sharding.grouped_queries import share_heads
 from galvatron_compile.passes.sharding.table import shard
@@ -77,6 +79,22 @@ def moved(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
+def positions(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Three dims, of which the second are positions."""
+    k, v = (x[:, 0].repeat_interleave(3, dim=1) for x in (k, v))
+    return F.scaled_dot_product_attention(q[:, 0], k, v, is_causal=True)
+
+
+def one_query_head(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention broadcasts it over all keys' heads."""
+    return F.scaled_dot_product_attention(q[:, :1], repeated(k, 3), repeated(v, 3))
+
+
+def one_for_both(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    key = repeated(k + v, 3)
+    return F.scaled_dot_product_attention(q, key, key, is_causal=True)
+
+
 def inputs() -> list[Tensor]:
     torch.manual_seed(0)
     shapes = [(BATCH, heads, LENGTH, WIDTH) for heads in (HEADS, KEY_HEADS, KEY_HEADS)]
@@ -103,7 +121,7 @@ def results(run: Callable[..., object]) -> list[Tensor]:
     return [out, *torch.autograd.grad((out * weights).sum(), given)]
 
 
-@pytest.mark.parametrize("attend", [causal, scaled, copied])
+@pytest.mark.parametrize("attend", [causal, scaled, copied, one_for_both])
 def test_shared_heads_give_the_same_output_and_gradients(attend: Attend) -> None:
     module = graph_of(attend)
     share_heads(module)
@@ -114,7 +132,9 @@ def test_shared_heads_give_the_same_output_and_gradients(attend: Attend) -> None
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("attend", [of_tiled, half_tiled, masked, dropping, moved])
+@pytest.mark.parametrize(
+    "attend", [of_tiled, half_tiled, masked, dropping, moved, positions, one_query_head]
+)
 def test_what_cannot_be_shared_stays(attend: Attend) -> None:
     module = graph_of(attend)
     before = module.code
@@ -136,50 +156,63 @@ def test_repeated_keys_that_something_else_reads_stay_for_it() -> None:
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
-def test_where_no_kernel_shares_heads_they_are_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return grouped_query_attention(q, k, v, True, 0.3)
+class OnCuda:
+    """As much of a tensor as is asked for."""
 
-    wanted = results(attend)
-    monkeypatch.setattr(operators, "_shares_heads", lambda *tensors: False)
-    for found, other in zip(results(attend), wanted, strict=True):
-        torch.testing.assert_close(found, other, rtol=1e-12, atol=1e-12)
+    device = torch.device("cuda", 0)
+
+    def __init__(self, dtype: torch.dtype, width: int, length: int = 8) -> None:
+        self.dtype, self.shape = dtype, (1, 4, length, width)
+
+
+HALF = torch.bfloat16
+OK = OnCuda(HALF, 128)
 
 
 @pytest.mark.parametrize(
-    ("dtype", "width", "value_width", "capability", "shared"),
+    ("query", "key", "value", "is_causal", "taken"),
     [
-        (torch.bfloat16, 128, 128, (9, 0), True),
-        (torch.float16, 256, 256, (8, 0), True),
-        (torch.float32, 128, 128, (9, 0), False),
-        (torch.bfloat16, 288, 288, (9, 0), False),
-        (torch.bfloat16, 128, 64, (9, 0), False),
-        (torch.bfloat16, 128, 128, (7, 5), False),
+        (OK, OK, OK, True, True),
+        (OnCuda(torch.float16, 256), OnCuda(torch.float16, 256), OnCuda(HALF, 256), True, True),
+        (OnCuda(torch.float32, 128), OK, OK, True, False),
+        (OnCuda(HALF, 288), OnCuda(HALF, 288), OnCuda(HALF, 288), True, False),
+        (OK, OK, OnCuda(HALF, 64), True, False),
+        (OnCuda(HALF, 128, 5), OK, OK, True, False),
+        (OnCuda(HALF, 128, 5), OK, OK, False, True),
     ],
 )
-def test_only_flash_attention_shares_heads_on_cuda(
-    monkeypatch: pytest.MonkeyPatch,
-    dtype: torch.dtype,
-    width: int,
-    value_width: int,
-    capability: tuple[int, int],
-    shared: bool,
+def test_what_flash_attention_takes(
+    query: Any, key: Any, value: Any, is_causal: bool, taken: bool
 ) -> None:
-    class OnCuda:
-        device = torch.device("cuda", 0)
+    assert operators.flash_takes(query, key, value, is_causal) is taken
 
-        def __init__(self, width: int) -> None:
-            self.dtype, self.shape = dtype, (1, 4, 8, width)
 
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    given = OnCuda(width), OnCuda(width), OnCuda(value_width)
-    assert operators._shares_heads(*given) is shared  # type: ignore[arg-type]
+def test_on_cuda_only_flash_attention_shares_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    given: Any = (OK, OK, OK, True)
+    assert operators._flash_runs(*given)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+        assert not operators._flash_runs(*given)
+    monkeypatch.setattr(torch.backends.cuda, "flash_sdp_enabled", lambda: False)
+    assert not operators._flash_runs(*given)
+
+
+def test_repeated_heads_give_the_same() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, *operators.repeat_heads(q, k, v), is_causal=True)
+
+    def shared(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return grouped_query_attention(q, k, v, True, None)
+
+    for found, other in zip(results(attend), results(shared), strict=True):
+        torch.testing.assert_close(found, other, rtol=1e-12, atol=1e-12)
 
 
 LENGTH_OF_LLAMA, WIDTH_OF_HEAD = 16, 8
 
 
-def llama() -> LayeredGraph:
+def llama(precision: str | None) -> LayeredGraph:
     """Eight query heads, four key heads."""
     config = transformers.LlamaConfig(
         vocab_size=32, hidden_size=8 * WIDTH_OF_HEAD, intermediate_size=48, num_hidden_layers=2,
@@ -187,13 +220,17 @@ def llama() -> LayeredGraph:
     )  # fmt: skip
     ids = torch.zeros(2, LENGTH_OF_LLAMA, dtype=torch.long)
     model = transformers.LlamaForCausalLM(config)
-    return understand(model, {"input_ids": ids, "labels": ids}, None, Precision.parse(None))
+    return understand(model, {"input_ids": ids, "labels": ids}, None, Precision.parse(precision))
 
 
 @pytest.mark.parametrize("tp", [1, 2])
-def test_a_llama_keeps_its_key_heads_once(tp: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bytes that one sample's attention keeps between forward and backward."""
-    layered = llama()
+@pytest.mark.parametrize(("precision", "shared"), [("bf16", True), (None, False)])
+def test_a_llama_keeps_its_key_heads_once(
+    tp: int, precision: str | None, shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bytes that one sample's attention keeps on GPUs between forward and backward: repeated
+    in float32, which FlashAttention does not take."""
+    layered = llama(precision)
     block = layered.layers[1].class_index
     strategy = Strategy(tp, 1)
     shardings, cluster = shard(layered, [strategy]), ClusterProfile.preset("2xA100-80GB")
@@ -201,8 +238,18 @@ def test_a_llama_keeps_its_key_heads_once(tp: int, monkeypatch: pytest.MonkeyPat
     def saved_bytes() -> int:
         return Estimator(layered, shardings, cluster).estimate(block, strategy, 1).saved_bytes
 
-    shared = saved_bytes()
+    found = saved_bytes()
     monkeypatch.setattr(apply, "share_heads", lambda module: None)
-    repeated_bytes = 2 * LENGTH_OF_LLAMA * WIDTH_OF_HEAD * 4  # keys and values of one head
+    repeated_bytes = 2 * LENGTH_OF_LLAMA * WIDTH_OF_HEAD * 2  # keys and values of one head
     heads_less = (8 - 4) // tp
-    assert saved_bytes() - shared == heads_less * repeated_bytes
+    assert saved_bytes() - found == heads_less * repeated_bytes * shared
+
+
+def test_the_printed_graph_tells_what_attention_costs() -> None:
+    layered = llama("bf16")
+    strategy = Strategy(1, 1)
+    shardings, cluster = shard(layered, [strategy]), ClusterProfile.preset("2xA100-80GB")
+    note_costs(layered, Estimator(layered, shardings, cluster), [strategy])
+    graph = layered.classes[layered.layers[1].class_index].graph
+    (call,) = calls(graph, aten.scaled_dot_product_attention.default)
+    assert noted(call, "cost").flops > 0
