@@ -102,7 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--topologies", nargs="+", default=list(TOPOLOGIES), choices=TOPOLOGIES)
     parser.add_argument("--warm-up", type=int, default=1, help="turns that do not count")
-    parser.add_argument("--repetitions", type=int, default=6, help="turns that do")
+    parser.add_argument("--repetitions", type=int, default=4, help="turns that do")
     parser.add_argument("--verbose", action="store_true", help="print what rank 0 prints")
     options = parser.parse_args()
     reason = why_not()

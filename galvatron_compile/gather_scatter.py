@@ -9,7 +9,7 @@ the buffer leaves a rank, as in a ring, and sums of 16-bit numbers are rounded o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -34,11 +34,11 @@ def all_gather(output: Tensor, part: Tensor, group: dist.ProcessGroup | None) ->
     The caller keeps both, and leaves them alone, until it has waited.
     """
     if part.device.type == "cpu":
-        me = dist.get_rank(group)
-        parts = output.detach().view(dist.get_world_size(group), -1)
-        if parts[me].data_ptr() != part.data_ptr():
-            parts[me].copy_(part.detach())
-        return _Messages(lambda rank: part.detach(), lambda rank: parts[rank], group)
+        part, parts = part.detach(), output.detach().view(dist.get_world_size(group), -1)
+        mine = parts[dist.get_rank(group)]
+        if mine.data_ptr() != part.data_ptr():
+            mine.copy_(part)
+        return _Messages([part] * len(parts), list(parts), group)
     return _gather(output, part, group=group, async_op=True)  # type: ignore[no-any-return]
 
 
@@ -75,21 +75,15 @@ class _Messages:
     _starter = ThreadPoolExecutor(1, thread_name_prefix="galvatron-messages")
 
     def __init__(
-        self,
-        sent: Callable[[int], Tensor],
-        received: Callable[[int], Tensor],
-        group: dist.ProcessGroup | None,
+        self, sent: Sequence[Tensor], received: Sequence[Tensor], group: dist.ProcessGroup | None
     ) -> None:
         ranks = dist.get_process_group_ranks(group or dist.group.WORLD)  # type: ignore[arg-type]
         n, me = len(ranks), dist.get_rank(group)
-        others = [(me + step) % n for step in range(1, n)]
-        # Views are made here: what runs on another thread knows nothing of no_grad.
-        incoming = [(received(rank), ranks[rank]) for rank in reversed(others)]
-        outgoing = [(sent(rank), ranks[rank]) for rank in others]
+        others = [(me + step) % n for step in range(1, n)]  # not all to the same one at first
 
         def start() -> list[dist.Work | None]:
-            works = [dist.irecv(tensor, rank, group=group) for tensor, rank in incoming]
-            return works + [dist.isend(tensor, rank, group=group) for tensor, rank in outgoing]
+            works = [dist.irecv(received[k], ranks[k], group=group) for k in reversed(others)]
+            return works + [dist.isend(sent[k], ranks[k], group=group) for k in others]
 
         self.started = self._starter.submit(start)
 
@@ -100,7 +94,7 @@ class _Messages:
 
 
 class _Exchange:
-    """Every rank's part to its rank; the sum is made by who waits.
+    """Every rank's part to its rank; the sum, in the order of ranks, is made by who waits.
 
     By messages: gloo's all-to-all takes half as long again where calls follow each other on a slow
     link (bench/LOG.md).
@@ -109,11 +103,10 @@ class _Exchange:
     def __init__(self, output: Tensor, whole: Tensor, group: dist.ProcessGroup | None) -> None:
         n, me = dist.get_world_size(group), dist.get_rank(group)
         parts = whole.detach().view(n, -1)
-        received = whole.new_empty((n - 1, parts.shape[1]))
-        self.output, self.everyone = output.view(-1), [parts[me], *received]
-        self.messages = _Messages(
-            parts.__getitem__, lambda rank: received[(me - rank) % n - 1], group
-        )
+        self.output = output.view(-1)
+        self.everyone = list(whole.new_empty((n - 1, parts.shape[1])))
+        self.everyone.insert(me, parts[me])
+        self.messages = _Messages(list(parts), self.everyone, group)
 
     def wait(self) -> None:
         self.messages.wait()

@@ -1,5 +1,4 @@
-"""Operators that run on shards of the vocabulary, the loss as a sum instead of a mean, attention of
-grouped queries.
+"""Operators that run on shards of the vocabulary, and the loss as a sum instead of a mean.
 
 For random operators see :mod:`galvatron_compile.random_operators`, whose names are offered here
 too.
@@ -24,7 +23,6 @@ __all__ = [
     "cross_entropy_sum_shard",
     "cross_entropy_weight",
     "embedding_shard",
-    "grouped_query_attention",
     "is_random",
     "seeded",
     "without_dropout",
@@ -51,50 +49,6 @@ def embedding_shard(weight: Tensor, ids: Tensor, padding_idx: int | None, axis: 
         padding = padding_idx - start
     found = F.embedding(local, weight, padding)
     return found.masked_fill(elsewhere.unsqueeze(-1), 0)
-
-
-def grouped_query_attention(
-    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None
-) -> Tensor:
-    """Attention in which neighbouring query heads share a key head (arXiv 2305.13245).
-
-    Keys and values are repeated after all where PyTorch's kernel could not share them: on CUDA
-    only FlashAttention can, and without it every score would be kept.
-
-    Args:
-        query: (batch, heads, queries, width).
-        key, value: (batch, key heads, keys, width); the heads are a multiple of theirs.
-        scale: of the scores; None: 1 / √width.
-
-    Returns:
-        (batch, heads, queries, width).
-    """
-    if query.device.type == "cuda" and not _flash_runs(query, key, value, is_causal):
-        key, value = repeat_heads(query, key, value)
-        return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale)
-    return F.scaled_dot_product_attention(
-        query, key, value, is_causal=is_causal, scale=scale, enable_gqa=True
-    )
-
-
-def repeat_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values with as many heads as the query."""
-    times = query.shape[1] // key.shape[1]
-    return key.repeat_interleave(times, dim=1), value.repeat_interleave(times, dim=1)
-
-
-def flash_takes(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> bool:
-    """Whether CUDA's FlashAttention takes these dtypes and shapes (torch 2.11 to 2.13)."""
-    widths = {each.shape[-1] for each in (query, key, value)}
-    aligned = not is_causal or query.shape[2] == key.shape[2]
-    return query.dtype.itemsize == 2 and len(widths) == 1 and max(widths) <= 256 and aligned
-
-
-def _flash_runs(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> bool:
-    """Whether it takes them and is there."""
-    is_there = torch.cuda.get_device_capability(query.device) >= (8, 0)
-    is_wanted = torch.backends.cuda.flash_sdp_enabled()
-    return is_there and is_wanted and flash_takes(query, key, value, is_causal)
 
 
 def cross_entropy_sum(

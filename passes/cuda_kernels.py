@@ -12,7 +12,11 @@ from typing import Any, Protocol
 
 import torch
 
-from galvatron_compile.operators import flash_takes, grouped_query_attention, repeat_heads
+from galvatron_compile.grouped_queries import (
+    flash_takes,
+    grouped_query_attention,
+    repeat_heads,
+)
 from galvatron_compile.random_operators import seeded
 
 aten = torch.ops.aten

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, fx, nn
 
-from galvatron_compile import operators
+from galvatron_compile import grouped_queries
 from galvatron_compile.cluster import ClusterProfile
 from galvatron_compile.compiler import understand
 from galvatron_compile.graph import LayeredGraph, noted
-from galvatron_compile.operators import grouped_query_attention
+from galvatron_compile.grouped_queries import grouped_query_attention
 from galvatron_compile.passes.layer_estimate import Estimator
 from galvatron_compile.passes.node_costs import note_costs
 from galvatron_compile.passes.sharding import apply
@@ -166,14 +166,14 @@ class OnCuda:
 
 
 HALF = torch.bfloat16
-OK = OnCuda(HALF, 128)
+OK, WIDE = OnCuda(HALF, 128), OnCuda(torch.float16, 256)
 
 
 @pytest.mark.parametrize(
     ("query", "key", "value", "is_causal", "taken"),
     [
         (OK, OK, OK, True, True),
-        (OnCuda(torch.float16, 256), OnCuda(torch.float16, 256), OnCuda(HALF, 256), True, True),
+        (WIDE, WIDE, WIDE, True, True),
         (OnCuda(torch.float32, 128), OK, OK, True, False),
         (OnCuda(HALF, 288), OnCuda(HALF, 288), OnCuda(HALF, 288), True, False),
         (OK, OK, OnCuda(HALF, 64), True, False),
@@ -184,29 +184,36 @@ OK = OnCuda(HALF, 128)
 def test_what_flash_attention_takes(
     query: Any, key: Any, value: Any, is_causal: bool, taken: bool
 ) -> None:
-    assert operators.flash_takes(query, key, value, is_causal) is taken
+    assert grouped_queries.flash_takes(query, key, value, is_causal) is taken
 
 
 def test_on_cuda_only_flash_attention_shares_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     given: Any = (OK, OK, OK, True)
-    assert operators._flash_runs(*given)
+    assert grouped_queries.shares_heads(*given)
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-        assert not operators._flash_runs(*given)
+        assert not grouped_queries.shares_heads(*given)
     monkeypatch.setattr(torch.backends.cuda, "flash_sdp_enabled", lambda: False)
-    assert not operators._flash_runs(*given)
+    assert not grouped_queries.shares_heads(*given)
 
 
-def test_repeated_heads_give_the_same() -> None:
+def test_where_no_kernel_shares_heads_they_are_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, *operators.repeat_heads(q, k, v), is_causal=True)
+        return grouped_query_attention(q, k, v, True, 0.3)
 
-    def shared(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return grouped_query_attention(q, k, v, True, None)
+    wanted, heads = results(attend), []
+    real = F.scaled_dot_product_attention
 
-    for found, other in zip(results(attend), results(shared), strict=True):
+    def spy(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        heads.append((q.shape[1], k.shape[1], v.shape[1], options["enable_gqa"]))
+        return real(q, k, v, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    monkeypatch.setattr(grouped_queries, "shares_heads", lambda *given: False)
+    for found, other in zip(results(attend), wanted, strict=True):
         torch.testing.assert_close(found, other, rtol=1e-12, atol=1e-12)
+    assert heads == [(HEADS, HEADS, HEADS, False)]
 
 
 LENGTH_OF_LLAMA, WIDTH_OF_HEAD = 16, 8
