@@ -13,6 +13,9 @@ HELPERS = (
     "emulated",
     "pipeline_cases",
     "recorded_by_hand",
+    "refused",
+    "simulated",
+    "trained",
 )
 
 for name in HELPERS:
