@@ -9,6 +9,7 @@ not be divided, and the tensor axis would be limited to as many ranks as there a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,10 +62,8 @@ def _before_repetition(node: fx.Node) -> Any:
         return None
     source = repeated.args[0]
     kept, wide, flat = (list(n.meta["val"].shape) for n in (source, repeated, node))
-    if len(kept) != 5 or len(wide) != 5:
-        return None
     is_repeated = kept == [*wide[:2], 1, *wide[3:]]
-    is_flattened = flat == [wide[0], wide[1] * wide[2], *wide[3:]]
+    is_flattened = flat == [*wide[:1], math.prod(wide[1:3]), *wide[3:]]
     return source if is_repeated and is_flattened else None
 
 

@@ -285,7 +285,7 @@ def test_ranks_that_share_cores_are_timed_by_their_work(monkeypatch: pytest.Monk
 def test_other_ranks_are_timed_by_the_clock(
     monkeypatch: pytest.MonkeyPatch, cores: tuple[Cores, ...]
 ) -> None:
-    assert timed_among(monkeypatch, cores, [0.5]).forward_ms == pytest.approx(6.0)
+    assert timed_among(monkeypatch, cores, [0.25]).forward_ms == pytest.approx(12.0)
 
 
 def test_crowded_ranks_do_not_read_times_of_others(tmp_path: Path) -> None:

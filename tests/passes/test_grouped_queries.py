@@ -80,9 +80,28 @@ def moved(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def positions(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Three dims, of which the second are positions."""
-    k, v = (x[:, 0].repeat_interleave(3, dim=1) for x in (k, v))
+    """Three dims, of which the second are positions, as many as the query's."""
+    k, v = (x[:, 0, :1].repeat_interleave(LENGTH, dim=1) for x in (k, v))
     return F.scaled_dot_product_attention(q[:, 0], k, v, is_causal=True)
+
+
+def longer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Every position twice, not every head."""
+    k, v = (torch.cat([x, x, x], 1).repeat_interleave(2, dim=2) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def swapped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Repeated like heads, then flattened to other lengths and widths."""
+    shape = (BATCH, HEADS, WIDTH, LENGTH)
+    k, v = (x[:, :, None].expand(-1, -1, 3, -1, -1).reshape(shape) for x in (k, v))
+    return F.scaled_dot_product_attention(q.reshape(shape), k, v, is_causal=True)
+
+
+def unequal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Two heads of keys, three of values."""
+    three = repeated(torch.cat([v, v[:, :1]], 1), 2)
+    return F.scaled_dot_product_attention(q, repeated(k, 3), three, is_causal=True)
 
 
 def one_query_head(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -133,8 +152,12 @@ def test_shared_heads_give_the_same_output_and_gradients(attend: Attend) -> None
 
 
 @pytest.mark.parametrize(
-    "attend", [of_tiled, half_tiled, masked, dropping, moved, positions, one_query_head]
-)
+    "attend",
+    [
+        of_tiled, half_tiled, masked, dropping, moved, positions, longer, swapped, unequal,
+        one_query_head,
+    ],
+)  # fmt: skip
 def test_what_cannot_be_shared_stays(attend: Attend) -> None:
     module = graph_of(attend)
     before = module.code
