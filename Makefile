@@ -6,7 +6,9 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-RUN_RANKS := $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node
+# Without a folder for logs torch makes one, and leaves it behind.
+RUN_RANKS := logs=$$(mktemp -d) && trap 'rm -rf "$$logs"' EXIT INT TERM && \
+	$(BIN)/python -m torch.distributed.run --standalone --log-dir "$$logs" --nproc-per-node
 
 # Ranks share the cores of this machine; more threads than cores make every run slower.
 export OMP_NUM_THREADS := 1

@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -73,6 +74,8 @@ def check_in_processes(
             if process.is_alive():
                 process.kill()
             process.join(10)
+        for file in started.error_files:  # of a rank that failed; torch reads it and leaves it
+            Path(file).unlink(missing_ok=True)
     return Rounds(size, seed, int(passed.min()))
 
 

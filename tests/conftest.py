@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
+import tempfile
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import psutil
 import pytest
+
+# Caches, and a helper of multiprocessing that ends with the process that started it.
+KEPT = "torchinductor_", "resource_tracker"
+END_S = 10.0
 
 
 def _load_ranks() -> ModuleType:
@@ -48,3 +57,45 @@ def _pools(environment: dict[str, str]) -> Iterator[Callable[[int], Any]]:
     yield pool
     for opened in pools.values():
         opened.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No process, shared memory or temporary file outlives the session; nor do the namespaces of
+    emulated nodes, which have no names and end with the last process in them."""
+    folder, session = tmp_path_factory.mktemp("temporary"), uuid.uuid4().hex
+    shared = set(_shared_memory())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(folder))
+        patch.setattr(tempfile, "tempdir", str(folder))
+        patch.setenv("GALVATRON_TEST_SESSION", session)
+        yield
+    until = time.monotonic() + END_S
+    while _processes(session) and time.monotonic() < until:
+        time.sleep(0.1)
+    found = [*_processes(session), *(set(_shared_memory()) - shared), *map(str, folder.iterdir())]
+    left = [text for text in found if not _kept(text)]
+    assert not left, left
+
+
+def _processes(session: str) -> list[str]:
+    """Command lines of the others that inherited this session's environment."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            zombie = process.status() == psutil.STATUS_ZOMBIE
+            theirs = process.environ().get("GALVATRON_TEST_SESSION")
+            if process.pid != os.getpid() and theirs == session and not zombie:
+                found.append(" ".join(process.cmdline()))
+        except (psutil.NoSuchProcess, psutil.AccessDenied):  # it ended, or is another user's
+            continue
+    return [text for text in found if not _kept(text)]
+
+
+def _shared_memory() -> list[str]:
+    folder = Path("/dev/shm")
+    return [str(path) for path in folder.iterdir()] if folder.is_dir() else []
+
+
+def _kept(text: str) -> bool:
+    return any(name in text for name in KEPT)

@@ -45,6 +45,7 @@ def test_example_runs_as_printed(tmp_path: Path, num_ranks: int) -> None:
     script = tmp_path / "train.py"
     script.write_text(blocks("python")[0])
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
+    launcher += ["--log-dir", str(tmp_path)]  # else torch leaves an empty folder behind
     out = run(script, *(launcher if num_ranks > 1 else []))
     losses = re.findall(r"(\d+\.\d+(?:e-\d+)?)$", out.strip(), flags=re.MULTILINE)
     assert float(losses[-1]) < 2.0  # a classifier of 10 classes that knows nothing has 2.3
