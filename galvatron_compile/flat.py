@@ -201,8 +201,9 @@ class FlatBucket:
         for slot, master in zip(self.slots, self.masters, strict=True):
             if slot.index not in self.gradients.touched or self.reduced is None:
                 continue
-            gradient = self.reduced[slot.offset : slot.offset + master.numel()]
-            gradient = gradient.view(master.shape).to(master.dtype)
+            gradient = self.reduced.narrow(0, slot.offset, master.numel()).view(master.shape)
+            if gradient.dtype != master.dtype:
+                gradient = gradient.to(master.dtype)
             if master.grad is None:
                 master.grad = gradient
             else:

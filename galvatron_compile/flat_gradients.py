@@ -74,23 +74,19 @@ class Gradients:
 
     def _is_one_launch(self) -> bool:
         """Whether a kernel can pack what arrived: each slot once and first, nothing sparse."""
-        slots = {slot.index for slot, _ in self.arrived}
         gradients = [gradient for _, gradient in self.arrived]
+        if not runs_kernels(self._room(), *gradients):
+            return False
+        slots = {slot.index for slot, _ in self.arrived}
         fresh = len(slots) == len(gradients) and not slots & self.filled
-        dense = all(gradient.layout is torch.strided for gradient in gradients)
-        return fresh and dense and runs_kernels(self._room(), *gradients)
+        return fresh and all(gradient.layout is torch.strided for gradient in gradients)
 
     def _pack(self, slot: Slot, gradient: Tensor) -> None:
         flat = (gradient.to_dense() if gradient.is_sparse else gradient).reshape(-1)
-        target = self._room()[:, slot.offset : slot.offset + slot.chunk]
-        whole = slot.numel // slot.chunk if slot.chunk else 0
-        rest = slot.numel - whole * slot.chunk
-        pairs = [(target[:whole], flat[: whole * slot.chunk].view(whole, slot.chunk))]
+        room = self._room().narrow(1, slot.offset, slot.chunk)
+        put = Tensor.add_ if slot.index in self.filled else Tensor.copy_
+        num_rows, rest = slot.rows
         if rest:
-            pairs.append((target[whole, :rest], flat[whole * slot.chunk :]))
-        for into, piece in pairs:
-            if slot.index in self.filled:
-                into.add_(piece)
-            else:
-                into.copy_(piece)
+            put(room[num_rows, :rest], flat[-rest:])
+        put(room[:num_rows], flat[: num_rows * slot.chunk].view(num_rows, slot.chunk))
         self.filled.add(slot.index)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -24,9 +25,14 @@ class Slot:
     chunk: int  # of one rank, padded
     region: int  # in the working buffer
 
-    @property
+    @cached_property
     def numel(self) -> int:
         return math.prod(self.layout.tensor_shape)
+
+    @cached_property
+    def rows(self) -> tuple[int, int]:
+        """Ranks whose chunk the parameter fills, and the elements of the one behind them."""
+        return divmod(self.numel, self.chunk) if self.chunk else (0, 0)
 
 
 def place(members: Sequence[Member], parts: int) -> tuple[list[Slot], int, int]:

@@ -20,14 +20,15 @@ from galvatron_compile.errors import PeerError
 NUM_BYTES = 4_000_000
 
 # Rank argv[2] sends argv[1] bytes to rank 0 at each of the rates, waits for the answer, and prints
-# the seconds and the bytes that each interface of its node has sent.
+# the seconds, the bytes that each interface of its node has sent, and the packets.
 TRANSFER = """
 import json, os, socket, sys, time
 from galvatron_compile.emulation import set_link_rate
 
 def counters():
     lines = open("/proc/self/net/dev").read().splitlines()[2:]
-    return {l.split(":")[0].strip(): int(l.split(":")[1].split()[8]) for l in lines}
+    found = [(line.split(":")[0].strip(), line.split(":")[1].split()) for line in lines]
+    return {name: (int(counts[8]), int(counts[9])) for name, counts in found}
 
 size, sender, rates = int(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
 rank, where = int(os.environ["RANK"]), (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
@@ -57,7 +58,8 @@ for rate in rates:
         line.sendall(bytes(size))
         line.recv(1)
         wall_s, after = time.perf_counter() - start, counters()
-        print(json.dumps([wall_s, {name: after[name] - before[name] for name in after}]))
+        sent = [{name: after[name][k] - before[name][k] for name in after} for k in (0, 1)]
+        print(json.dumps([wall_s, *sent]))
 """
 
 
@@ -103,7 +105,7 @@ else:
 
 def transfers(
     cluster: RunningCluster, sender: int, *rates: object
-) -> list[tuple[float, dict[str, int]]]:
+) -> list[tuple[float, dict[str, int], dict[str, int]]]:
     arguments = ["-c", TRANSFER, str(NUM_BYTES), str(sender), json.dumps(rates or ["as it is"])]
     result = cluster.run(arguments, timeout_s=TIMEOUT_S)
     return [tuple(json.loads(line)) for line in result.outputs[sender].splitlines()]
@@ -117,7 +119,7 @@ def least_s(rate_bits_per_s: float, num_bytes: int = NUM_BYTES) -> float:
 @needed
 def test_traffic_between_nodes_is_no_faster_than_asked() -> None:
     with emulated(num_nodes=2, rate_bits_per_s=2e8) as cluster:
-        [(wall_s, sent)] = transfers(cluster, 1)
+        [(wall_s, sent, _)] = transfers(cluster, 1)
         assert wall_s >= least_s(2e8)
         assert sent["eth0"] >= NUM_BYTES
         cluster.set_rate(1e8)
@@ -127,12 +129,20 @@ def test_traffic_between_nodes_is_no_faster_than_asked() -> None:
 @needed
 def test_traffic_within_a_node_does_not_touch_the_link() -> None:
     with emulated(num_nodes=2, ranks_per_node=2, rate_bits_per_s=2e8) as cluster:
-        [(_, sent)] = transfers(cluster, 1)
+        [(_, sent, _)] = transfers(cluster, 1)
         assert sent["lo"] >= NUM_BYTES
         assert sent["eth0"] < NUM_BYTES / 100
-        [(wall_s, sent)] = transfers(cluster, 2)  # the first rank of the other node
+        [(wall_s, sent, _)] = transfers(cluster, 2)  # the first rank of the other node
         assert wall_s >= least_s(2e8)
         assert sent["lo"] < NUM_BYTES / 100
+
+
+@needed
+def test_large_packets_pass_whole() -> None:
+    """Cut up into segments of 1,448 bytes they would cost half a core."""
+    with emulated(num_nodes=2) as cluster:
+        for _, _, packets in transfers(cluster, 1, 2e8, 4e8, 1e9):
+            assert packets["eth0"] < NUM_BYTES / 10_000
 
 
 @needed
@@ -147,7 +157,7 @@ def test_a_node_has_one_link_for_all_its_peers(direction: str) -> None:
 def test_a_rank_changes_the_rate_of_all_links() -> None:
     with emulated(num_nodes=3) as cluster:
         found = transfers(cluster, 2, 2e8, None, 1e8)
-    for rate, (wall_s, _) in zip((2e8, 1e8), found[::2], strict=True):
+    for rate, (wall_s, _, _) in zip((2e8, 1e8), found[::2], strict=True):
         assert wall_s >= least_s(rate)
 
 
