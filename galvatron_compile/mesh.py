@@ -123,6 +123,7 @@ class Mesh:
         pp: int = 1,
         tied: Iterable[tuple[int, ...]] = (),
         dry: bool = False,
+        groups: Groups | None = None,
     ) -> Mesh:
         """Make every axis that layers with these tensor-parallel degrees need.
 
@@ -130,7 +131,10 @@ class Mesh:
         With ``dry`` no process group is needed and any rank can be played.
 
         tied: sets of pipeline groups that hold a parameter in common.
+        groups: those that other meshes of this process have made; used again, and added to. Each
+            costs threads and connections, or on GPUs memory, as long as the process lives.
         """
+        groups = {} if groups is None else groups
         if world_size % pp:
             raise ShapeError(f"pipeline degree {pp} does not divide {world_size} ranks")
         size = world_size // pp
@@ -146,7 +150,6 @@ class Mesh:
                 if small < large and large % small == 0:
                     name = f"tp{small}to{large}"
                     wanted[name] = _everywhere(merge_ranks(size, small, large), size, pp)
-        groups: Groups = {}
         axes = {
             name: _axis(name, rank, sets, groups, dry) for name, sets in sorted(wanted.items())
         }
@@ -154,7 +157,7 @@ class Mesh:
         if pp > 1:
             pipelines = [tuple(range(at, world_size, size)) for at in range(size)]
             for name in ("activations0", "activations1", "gradients0", "gradients1"):
-                links[name] = _axis(name, rank, pipelines, {}, dry)
+                links[name] = _axis(name, rank, pipelines, groups, dry, name)
         ties = {}
         for holders in sorted(set(tied)):
             name = "tied" + "-".join(map(str, holders))
@@ -166,7 +169,8 @@ class Mesh:
         return Mesh(world_size, rank, axes, pp, links, ties)
 
 
-Groups = dict[tuple[int, ...], "ProcessGroup | None"]
+# By ranks, and by name where equal ranks need one for each direction.
+Groups = dict[tuple[str, tuple[int, ...]], "ProcessGroup | None"]
 
 
 def _everywhere(sets: list[tuple[int, ...]], size: int, pp: int) -> list[tuple[int, ...]]:
@@ -175,21 +179,26 @@ def _everywhere(sets: list[tuple[int, ...]], size: int, pp: int) -> list[tuple[i
 
 
 def _axis(
-    name: str, rank: int, rank_sets: list[tuple[int, ...]], groups: Groups, dry: bool
+    name: str,
+    rank: int,
+    rank_sets: list[tuple[int, ...]],
+    groups: Groups,
+    dry: bool,
+    use: str = "",
 ) -> Axis:
     mine = next(ranks for ranks in rank_sets if rank in ranks)
     if len(mine) == 1:
         return Axis(name, mine, 0)
     if dry:
         return Axis(name, mine, mine.index(rank), None, True)
-    _make_groups(rank_sets, groups)
-    return Axis(name, mine, mine.index(rank), groups[mine])
+    _make_groups(rank_sets, groups, use)
+    return Axis(name, mine, mine.index(rank), groups[use, mine])
 
 
-def _make_groups(rank_sets: list[tuple[int, ...]], groups: Groups) -> None:
+def _make_groups(rank_sets: list[tuple[int, ...]], groups: Groups, use: str = "") -> None:
     """Every rank creates every group, in the same order."""
     import torch.distributed as dist
 
     for ranks in rank_sets:
-        if ranks not in groups:
-            groups[ranks] = dist.new_group(list(ranks))
+        if (use, ranks) not in groups:
+            groups[use, ranks] = dist.new_group(list(ranks))

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from galvatron_compile.graph import LayeredGraph, copy_annotated
-from galvatron_compile.mesh import Mesh
+from galvatron_compile.mesh import Groups, Mesh
 from galvatron_compile.passes.arguments import concrete_shape
 from galvatron_compile.passes.cross import Cuts, results
 from galvatron_compile.passes.normalise import retarget_devices
@@ -44,11 +44,22 @@ def tied_groups(layered: LayeredGraph, plan: Plan) -> dict[str, tuple[int, ...]]
 
 
 def make_mesh(
-    layered: LayeredGraph, plan: Plan, world_size: int, rank: int, *, dry: bool = False
+    layered: LayeredGraph,
+    plan: Plan,
+    world_size: int,
+    rank: int,
+    *,
+    dry: bool = False,
+    groups: Groups | None = None,
 ) -> Mesh:
-    """The axes that the plan's program needs. Collective unless ``dry``."""
-    tied = tied_groups(layered, plan).values()
-    return Mesh.create(world_size, rank, mesh_degrees(plan), pp=plan.pp, tied=tied, dry=dry)
+    """The axes that the plan's program needs. Collective unless ``dry``.
+
+    groups: to be shared with programs of other plans, see :meth:`Mesh.create`.
+    """
+    tied, degrees = tied_groups(layered, plan).values(), mesh_degrees(plan)
+    return Mesh.create(
+        world_size, rank, degrees, pp=plan.pp, tied=tied, dry=dry, groups=groups
+    )
 
 
 def rewrite(

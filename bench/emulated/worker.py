@@ -30,6 +30,7 @@ from galvatron_compile.compiler import build, understand
 from galvatron_compile.decisions import Setting, decide, obey
 from galvatron_compile.emulation import set_link_rate
 from galvatron_compile.job import Job
+from galvatron_compile.mesh import Groups
 from galvatron_compile.parallel_model import ParallelModel
 from galvatron_compile.passes.lower import Traced, lower
 from galvatron_compile.passes.rewrite import make_mesh
@@ -53,6 +54,9 @@ class Compiler:
     def __init__(self) -> None:
         self.job = Job.current(torch.nn.Module())
         self.precision, self.traced = Precision.parse(None), Traced()
+        # One set for all plans: with a set for each, seventy threads of gloo on every rank looked
+        # a hundred times a second whether something had come.
+        self.groups: Groups = {}
         example = {key: value[:2] for key, value in batch().items()}
         self.layered = understand(model(), example, None, self.precision)
 
@@ -70,7 +74,8 @@ class Compiler:
     def program(self, text: str, cluster: ClusterProfile) -> ParallelModel:
         setting = self.setting(cluster)
         decision = obey(self.layered, BATCH_SIZE, setting, text, None)
-        mesh = make_mesh(self.layered, decision.plan, self.job.world_size, self.job.rank)
+        ranks = self.job.world_size, self.job.rank
+        mesh = make_mesh(self.layered, decision.plan, *ranks, groups=self.groups)
         program = build(self.layered, decision, mesh, setting)
         lowered = self.job.together(lambda: lower(program, traced=self.traced))
         return ParallelModel(lowered, self.precision)

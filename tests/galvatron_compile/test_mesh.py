@@ -96,3 +96,23 @@ def holders(tied: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
 def test_some_groups_may_hold_what_others_do_not(ranks: Any) -> None:
     found = ranks(4).run(holders, [(0, 3), (0, 1, 3)])
     assert found == [[(0, 1, 3), (0, 3)], [(0, 1, 3)], [], [(0, 1, 3), (0, 3)]]
+
+
+def _share_groups() -> list[bool]:
+    groups: dict[Any, Any] = {}
+    rank = dist.get_rank()
+    first = Mesh.create(4, rank, [1, 2], groups=groups)
+    count = len(groups)
+    again = Mesh.create(4, rank, [2, 1], groups=groups)
+    same = all(first.axes[name].group is again.axes[name].group for name in first.axes)
+    alike = len(groups) == count
+    piped = Mesh.create(4, rank, [1], pp=2, groups=groups)
+    links = [axis.group for axis in piped.links.values()]
+    apart = len({id(group) for group in links}) == 4 and piped.data(1).group not in links
+    apart_from_axes = not {id(group) for group in links} & {id(a.group) for a in first.axes.values()}
+    return [same, alike, apart, apart_from_axes, piped.data(1).group is first.tensor(2).group]
+
+
+def test_meshes_share_groups_but_every_direction_has_its_own(ranks: Any) -> None:
+    """Groups (0, 1) and (2, 3) are data ranks of one mesh and tensor ranks of another."""
+    assert ranks(4).run(_share_groups) == [[True] * 5] * 4
