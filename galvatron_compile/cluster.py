@@ -72,6 +72,9 @@ class ClusterProfile:
         including its own part (all_to_all), the message (broadcast, p2p). Tier "node" is a group
         inside a node, "cluster" one that spans nodes, with ranks strided evenly over them as data
         parallel groups are. All disjoint groups of a size communicate at the same time.
+    overlap: of collectives among all ranks. node_overlap: of those within a node, where there are
+        several; None where they are not told apart. A slow link leaves computation alone, copies
+        within a node do not.
     reserve_bytes: memory of each rank that the framework keeps (context, communicators, code).
     """
 
@@ -86,6 +89,7 @@ class ClusterProfile:
     collectives: tuple[CollectiveCurve, ...]
     overlap: Overlap
     reserve_bytes: Fact
+    node_overlap: Overlap | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_nodes", "ranks_per_node"):
@@ -121,8 +125,12 @@ class ClusterProfile:
 
     @property
     def overlap_slowdown(self) -> float:
-        """:attr:`Overlap.joint`."""
-        return self.overlap.joint
+        """:attr:`Overlap.joint`; the larger of two, since closed forms have one for all layers."""
+        return max(self.overlap.joint, self.overlap_within(True).joint)
+
+    def overlap_within(self, node: bool) -> Overlap:
+        """Of communication within a node, or of what crosses nodes."""
+        return self.node_overlap if node and self.node_overlap is not None else self.overlap
 
     @property
     def least_ms(self) -> float:
@@ -240,6 +248,8 @@ class ClusterProfile:
         for c in self.collectives:
             found[f"{c.kind} {c.tier} x{c.num_ranks}"] = c.source
         found["overlap"] = self.overlap.source
+        if self.node_overlap is not None:
+            found["overlap in a node"] = self.node_overlap.source
         found["reserve"] = self.reserve_bytes.source
         return found
 

@@ -52,6 +52,7 @@ def loads(text: str) -> ClusterProfile:
         collectives=record.items("collectives", _collective),
         overlap=record.item("overlap", _overlap),
         reserve_bytes=record.item("reserve_bytes", _fact),
+        node_overlap=record.optional("node_overlap", _overlap),
     )
     record.close()
     return profile
@@ -100,6 +101,11 @@ class _Record:
 
     def item(self, name: str, build: Callable[[_Record], T]) -> T:
         return _built(self.get(name), self.at(name), build)
+
+    def optional(self, name: str, build: Callable[[_Record], T]) -> T | None:
+        """None where it is null, or missing as in files of older versions."""
+        self.seen.add(name)
+        return None if self.raw.get(name) is None else self.item(name, build)
 
     def items(self, name: str, build: Callable[[_Record], T]) -> tuple[T, ...]:
         rows = _list(self.get(name), self.at(name))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from galvatron_compile.cluster import ClusterProfile
+from galvatron_compile.cluster import ClusterProfile, Overlap
 from galvatron_compile.curves import KINDS, RateCurve, bus_factor
 
 MIB = 1024**2
@@ -39,14 +39,21 @@ def warning(profile: ClusterProfile) -> str:
 
 
 def headline(profile: ClusterProfile) -> str:
-    device, overlap = profile.device, profile.overlap
+    device, within = profile.device, profile.node_overlap
     return (
         f"{profile.name}: {profile.num_nodes} node(s) x {profile.ranks_per_node} rank(s), each "
         f"{device.name} with {device.memory_bytes / GIB:.1f} GiB "
         f"({profile.reserve_bytes.value / GIB:.2f} reserved); memory "
         f"{profile.memory.value / 1e9:,.1f} GB/s; {1e3 * profile.launch_overhead_ms.value:.1f} us "
-        f"an operator; overlap costs {overlap.joint:.2f} "
-        f"(computation x{overlap.compute:.2f}, communication x{overlap.communication:.2f})"
+        f"an operator; overlap costs {_overlap(profile.overlap)}"
+        + (f", within a node {_overlap(within)}" if within is not None else "")
+    )
+
+
+def _overlap(found: Overlap) -> str:
+    return (
+        f"{found.joint:.2f} (computation x{found.compute:.2f}, "
+        f"communication x{found.communication:.2f})"
     )
 
 

@@ -15,6 +15,7 @@ from galvatron_compile.cluster_json import dumps, loads
 from galvatron_compile.curves import CollectiveCurve, RateCurve, rising
 from galvatron_compile.job import join
 from galvatron_compile.profiling_collectives import (
+    group_among,
     groups_of,
     measure_group,
     measure_overlap,
@@ -113,6 +114,7 @@ class _Measurement:
         self.attention: list[RateCurve] = []
         self.collectives: list[CollectiveCurve] = []
         self.overlap = Overlap(1, 1, 1, f"{self.source}; one rank, nothing to overlap")
+        self.node_overlap: Overlap | None = None
         self.memory = self.launch = 0.0
         self.reserve_bytes = resident_bytes()
 
@@ -142,6 +144,8 @@ class _Measurement:
         found += [(f"p2p, {t}", partial(self.measure_p2p, t)) for t in tiers]
         if tiers:
             found.append(("overlap", self.measure_overlap))
+        if len(tiers) == 2:
+            found.append(("overlap within a node", self.measure_node_overlap))
         return found
 
     def measure_launch(self) -> None:
@@ -200,6 +204,14 @@ class _Measurement:
         self.collectives.append(curve)
 
     def measure_overlap(self) -> None:
+        self.overlap = self.overlap_among(None)
+
+    def measure_node_overlap(self) -> None:
+        first = self.rank // self.per_node * self.per_node
+        with group_among(tuple(range(first, first + self.per_node))) as group:
+            self.node_overlap = self.overlap_among(group)
+
+    def overlap_among(self, group: dist.ProcessGroup | None) -> Overlap:
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         curve = next(curve for curve in self.matmul if curve.dtype == _name(dtype))
         flops = curve.points[-1][0]
@@ -208,9 +220,9 @@ class _Measurement:
         out = torch.empty_like(a)
         payload_bytes = self.sizes.overlap_bytes(self.device)
         factors = measure_overlap(
-            self.watch, lambda: torch.mm(a, a, out=out), curve.ms(flops), payload_bytes
+            self.watch, lambda: torch.mm(a, a, out=out), curve.ms(flops), payload_bytes, group
         )
-        self.overlap = Overlap(*factors, self.source)
+        return Overlap(*factors, self.source)
 
     def profile(self) -> ClusterProfile:
         reserve_bytes, memory_bytes = device_memory(self.device, self.reserve_bytes, self.per_node)
@@ -229,6 +241,7 @@ class _Measurement:
             collectives=tuple(self.collectives),
             overlap=self.overlap,
             reserve_bytes=Fact(reserve_bytes, self.source),
+            node_overlap=self.node_overlap,
         )
 
     def same_everywhere(self, profile: ClusterProfile) -> ClusterProfile:

@@ -133,20 +133,25 @@ def _collective(
 
 
 def measure_overlap(
-    watch: Stopwatch, compute: Callable[[], object], compute_ms: float, payload_bytes: int
+    watch: Stopwatch,
+    compute: Callable[[], object],
+    compute_ms: float,
+    payload_bytes: int,
+    group: dist.ProcessGroup | None = None,
 ) -> tuple[float, float, float]:
     """(joint, compute, communication) factors of :class:`galvatron_compile.cluster.Overlap`.
 
-    All-reduces over all ranks run beside ``compute`` (one call takes ``compute_ms``): as long as
-    it, then three times as long to see what computation suffers, then a third as long.
+    All-reduces over ``group`` (all ranks; every rank calls with its own) run beside ``compute``
+    (one call takes ``compute_ms``): as long as it, then three times as long to see what computation
+    suffers, then a third as long.
     """
     tensors = [torch.zeros(payload_bytes // _ITEM_BYTES, device=watch.device) for _ in range(12)]
-    reduce_ms = watch.ms(lambda: dist.all_reduce(tensors[0]))
+    reduce_ms = watch.ms(lambda: dist.all_reduce(tensors[0], group=group))
     calls = min(20, max(1, round(reduce_ms / compute_ms)))
     reduces = min(4, max(1, round(calls * compute_ms / reduce_ms)))
 
     def run(times: tuple[int, int]) -> tuple[float, float, float]:
-        return _together(watch, compute, times[0] * calls, tensors[: times[1] * reduces])
+        return _together(watch, compute, times[0] * calls, tensors[: times[1] * reduces], group)
 
     # In turns, and the least of each: what else the machine does must not hit one of them only.
     mixes = ((1, 0), (0, 1), (1, 1), (1, 3), (3, 1))
@@ -165,15 +170,19 @@ def measure_overlap(
 
 
 def _together(
-    watch: Stopwatch, compute: Callable[[], object], calls: int, tensors: list[torch.Tensor]
+    watch: Stopwatch,
+    compute: Callable[[], object],
+    calls: int,
+    tensors: list[torch.Tensor],
+    group: dist.ProcessGroup | None,
 ) -> tuple[float, float, float]:
     """Start all-reduces of ``tensors``, compute beside them: ms until (computed, reduced, both)."""
     watch.barrier()
     if watch.device.type == "cuda":
-        return _together_cuda(compute, calls, tensors)
+        return _together_cuda(compute, calls, tensors, group)
     reduced_s = 0.0
     start_s = time.perf_counter()
-    works = [dist.all_reduce(tensor, async_op=True) for tensor in tensors]
+    works = [dist.all_reduce(tensor, group=group, async_op=True) for tensor in tensors]
 
     def wait() -> None:
         nonlocal reduced_s
@@ -192,13 +201,16 @@ def _together(
 
 
 def _together_cuda(
-    compute: Callable[[], object], calls: int, tensors: list[torch.Tensor]
+    compute: Callable[[], object],
+    calls: int,
+    tensors: list[torch.Tensor],
+    group: dist.ProcessGroup | None,
 ) -> tuple[float, float, float]:
     start, computed, reduced = (torch.cuda.Event(enable_timing=True) for _ in range(3))
     side = torch.cuda.Stream()
     start.record()
     side.wait_event(start)
-    works = [dist.all_reduce(tensor, async_op=True) for tensor in tensors]
+    works = [dist.all_reduce(tensor, group=group, async_op=True) for tensor in tensors]
     with torch.cuda.stream(side):  # waits there, so that the computing stream does not
         for work in works:
             assert work is not None

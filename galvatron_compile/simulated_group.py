@@ -19,22 +19,25 @@ class Job:
     """Something that takes time: ``left`` ms alone, at ``rate`` of that speed since ``since``.
 
     groups: where it slows others down and is slowed down.
-    speeds: of a layer's, see :meth:`Group.speeds`.
+    phase: of a layer. in_node: whether communication stays within a node.
     trace: (time, ms alone that are done) wherever the rate changed.
     """
 
     __slots__ = (
-        "action", "alone_ms", "end", "groups", "left", "rate", "since", "speeds", "start", "trace",
-        "version",
+        "action", "alone_ms", "end", "groups", "in_node", "left", "phase", "rate", "since", "start",
+        "trace", "version",
     )  # fmt: skip
 
-    def __init__(self, action: Action, alone_ms: float, groups: tuple[int, ...]) -> None:
+    def __init__(
+        self, action: Action, alone_ms: float, groups: tuple[int, ...], in_node: bool = False
+    ) -> None:
         self.action, self.groups = action, groups
         self.alone_ms = self.left = alone_ms
         self.rate = 0.0
         self.since = self.start = self.end = -1.0
         self.version = 0
-        self.speeds = (1.0, 1.0)
+        self.in_node = in_node
+        self.phase = Phase()
         self.trace: list[tuple[float, float]] = []
 
     def edges(self, size: int) -> list[tuple[float, float]]:
@@ -90,7 +93,7 @@ class Group:
         self.computed_ms = self.slowed_ms = self.bubble_ms = 0.0
         self.inner = dict.fromkeys(INNER, 0.0)
         self._phases: dict[tuple[str, int], Phase] = {}
-        self._speeds: dict[Phase, tuple[float, float]] = {}
+        self._speeds: dict[tuple[Phase, bool], tuple[float, float]] = {}
 
     def phase(self, action: Action) -> Phase:
         key = action.kind, action.index
@@ -98,21 +101,22 @@ class Group:
             self._phases[key] = self.work.layers[action.index].phase(action.kind)
         return self._phases[key]
 
-    def speeds(self, phase: Phase) -> tuple[float, float]:
-        """Of a layer beside communication, and of communication beside the layer, as shares of
-        the speed alone.
+    def speeds(self, phase: Phase, in_node: bool) -> tuple[float, float]:
+        """Of a layer beside communication (within a node or not), and of communication beside the
+        layer, as shares of the speed alone.
 
         While it computes both slow down; while its own collectives run, they and the others each
         have half of the wire if they share one. Averaged over the even mixture.
         """
-        if phase not in self._speeds:
+        if (phase, in_node) not in self._speeds:
             work, inner_ms = self.work, phase.inner_ms
-            slow_ms = phase.compute_ms * work.compute_slowdown
+            compute_slowdown, communication_slowdown = work.slowdowns(in_node)
+            slow_ms = phase.compute_ms * compute_slowdown
             took_ms = slow_ms + inner_ms * (2 if work.inner_shares_wire else 1)
-            moved_ms = slow_ms / work.communication_slowdown + inner_ms
+            moved_ms = slow_ms / communication_slowdown + inner_ms
             speeds = (phase.alone_ms / took_ms, moved_ms / took_ms) if took_ms else (1.0, 1.0)
-            self._speeds[phase] = speeds
-        return self._speeds[phase]
+            self._speeds[phase, in_node] = speeds
+        return self._speeds[phase, in_node]
 
     def next_run(self, index: int) -> Job:
         """The compute action at hand and all behind it that are alike, as one job."""
@@ -126,7 +130,7 @@ class Group:
             self.at += 1
         self.run = self.actions[start : self.at]
         job = Job(first, len(self.run) * phase.alone_ms, (index,))
-        job.speeds = self.speeds(phase)
+        job.phase = phase
         return job
 
     def record(self, action: Action, stream: Stream, job: Job) -> None:

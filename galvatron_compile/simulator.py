@@ -107,13 +107,15 @@ class _Walk:
         group = self.groups[index]
         layer, collective, messages = group.layer, group.collective, group.messages
         if layer is not None:
-            alone = collective is None and not messages
-            self.set_rate(layer, crowd_speed * (1.0 if alone else layer.speeds[0]))
+            beside = {job.in_node for job in (collective, *messages) if job is not None}
+            slowest = min((group.speeds(layer.phase, near)[0] for near in beside), default=1.0)
+            self.set_rate(layer, crowd_speed * slowest)
         if collective is not None:
-            self.set_rate(collective, _speed(group, bool(messages)))
+            self.set_rate(collective, _speed(collective, group, bool(messages)))
         for message in messages:
             ends = [self.groups[end] for end in message.groups]
-            self.set_rate(message, min(_speed(end, end.collective is not None) for end in ends))
+            speeds = [_speed(message, end, end.collective is not None) for end in ends]
+            self.set_rate(message, min(speeds))
 
     def set_rate(self, job: Job, rate: float) -> None:
         if job.rate == rate:
@@ -229,7 +231,8 @@ class _Walk:
             "gather": unit.gather_ms, "reduce": unit.reduce_ms,
             "reduce_tensor": unit.tensor_ms, "reduce_tied": unit.tied_ms,
         }[action.kind]  # fmt: skip
-        job = Job(action, alone_ms, (index,))
+        within = unit.in_node and action.kind in ("gather", "reduce")
+        job = Job(action, alone_ms, (index,), within)
         group.open[action.kind, action.index] = job
         if group.collective is None:
             group.collective = job
@@ -262,7 +265,9 @@ class _Walk:
             onward = direction == "activations"
             target = (source + (1 if onward else -1)) % self.pp
             alone_ms = sends.activations_ms if onward else sends.gradients_ms
-            message.job, message.sent_at = Job(action, alone_ms, (index, target)), self.now
+            within = sends.activations_in_node if onward else sends.gradients_in_node
+            message.job = Job(action, alone_ms, (index, target), within)
+            message.sent_at = self.now
             group.memory.leaving(key, sends, self.now)
         else:
             message.posted = True
@@ -287,9 +292,10 @@ class _Walk:
         return False
 
 
-def _speed(group: Group, other: bool) -> float:
+def _speed(job: Job, group: Group, other: bool) -> float:
     """Of a collective (other: there are messages) or of a message (there is a collective)."""
-    speed = group.layer.speeds[1] if group.layer is not None else 1.0
+    layer = group.layer
+    speed = group.speeds(layer.phase, job.in_node)[1] if layer is not None else 1.0
     return speed / 2 if other and group.work.messages_share_wire else speed
 
 

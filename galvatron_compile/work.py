@@ -100,7 +100,7 @@ class UnitWork:
     """The parameters of one unit on one rank.
 
     gather_ms, reduce_ms: one collective over the data axis; tensor_ms, tied_ms: the sums over the
-        tensor axis and over stages, once a step.
+        tensor axis and over stages, once a step. in_node: whether the data axis lies in a node.
     parameter_bytes: held all the time: masters, and working copies that are never freed.
     optimizer_bytes: moments. working_bytes: gathered parameters, from gather to free (ZeRO-3).
     pending_bytes: gradients not yet summed over ranks, from the first backward to the end of their
@@ -119,6 +119,7 @@ class UnitWork:
     pending_bytes: int = 0
     gradient_bytes: int = 0
     exchange_bytes: int = 0
+    in_node: bool = False
 
     def __post_init__(self) -> None:
         _check(self)
@@ -127,12 +128,15 @@ class UnitWork:
 @dataclass(frozen=True, slots=True)
 class SendWork:
     """What one of a group's stages sends in a micro-batch: activations to the next stage,
-    gradients to the one before. Zero at the ends of the pipeline."""
+    gradients to the one before. Zero at the ends of the pipeline. …_in_node: whether the stage
+    there is on the same node, for all ranks."""
 
     activations_ms: float = 0.0
     gradients_ms: float = 0.0
     activations_bytes: int = 0
     gradients_bytes: int = 0
+    activations_in_node: bool = False
+    gradients_in_node: bool = False
 
     def __post_init__(self) -> None:
         _check(self)
@@ -164,6 +168,8 @@ class Work:
         collective or message runs beside it, and the other way round; with both equal to o, a
         computation c and a collective x that start together take max(c, x) + (o - 1) min(c, x)
         (Galvatron, arXiv 2211.13878, section 4.2).
+    node_compute_slowdown, node_communication_slowdown: the same where the collective or message
+        stays within a node.
     inner_shares_wire: whether layers' own collectives use the links that gathers and sums use.
     messages_share_wire: whether messages between stages do. Who shares gets half of a link.
     cores: those that the group's ranks share with others; None where every rank has a device of its
@@ -180,12 +186,22 @@ class Work:
     inner_shares_wire: bool = False
     messages_share_wire: bool = False
     cores: Cores | None = None
+    node_compute_slowdown: float = 1.0
+    node_communication_slowdown: float = 1.0
 
     def __post_init__(self) -> None:
         _check(self)
         for name in ("compute_slowdown", "communication_slowdown"):
-            if getattr(self, name) < 1:
-                raise PlanError(f"{name} must be at least 1, got {getattr(self, name)}")
+            for field in (name, f"node_{name}"):
+                value = getattr(self, field)
+                if value < 1:
+                    raise PlanError(f"{field} must be at least 1, got {value}")
+
+    def slowdowns(self, in_node: bool) -> tuple[float, float]:
+        """Of computation and of communication, see the class."""
+        if in_node:
+            return self.node_compute_slowdown, self.node_communication_slowdown
+        return self.compute_slowdown, self.communication_slowdown
 
     def check(self, outline: Outline) -> None:
         """PlanError unless it says what every part of ``outline`` costs."""

@@ -81,6 +81,8 @@ class _Group:
             reserve_bytes=int(self.cluster.reserve_bytes.value),
             compute_slowdown=self.cluster.overlap.compute,
             communication_slowdown=self.cluster.overlap.communication,
+            node_compute_slowdown=self.cluster.overlap_within(True).compute,
+            node_communication_slowdown=self.cluster.overlap_within(True).communication,
             inner_shares_wire=bool(tensor & data),
             messages_share_wire=bool(messages & data),
         )
@@ -147,6 +149,7 @@ class _Group:
             pending_bytes=pending,
             gradient_bytes=sum(unit.gradient_bytes for unit in held),
             exchange_bytes=pending - pending // strategy.data_ranks if exchanged else 0,
+            in_node=not self._crosses(strategy),
         )
         outline = UnitOutline(
             name=member.name,
@@ -265,6 +268,8 @@ class _Group:
             first.backward_send_ms * back,
             self._carried(stage.last - 1)[0] * onward,
             self._carried(stage.first)[1] * back,
+            activations_in_node=onward and self._shares_node(self.group + 1),
+            gradients_in_node=back and self._shares_node(self.group - 1),
         )
 
     def _carried(self, layer: int) -> tuple[int, int]:
@@ -274,6 +279,16 @@ class _Group:
         local = self.costs.local_batch(strategy, self.plan.num_micro_batches)
         sent, returned = self.costs.messages.bytes_carried(index, sharded)
         return int(sent * local), int(returned * local)
+
+    def _crosses(self, strategy: Strategy) -> bool:
+        """Whether the data axis leaves a node."""
+        return (strategy.data_ranks - 1) * strategy.tp >= self.cluster.ranks_per_node
+
+    def _shares_node(self, group: int) -> bool:
+        """Whether every rank of this group finds its neighbour in ``group`` on its own node."""
+        ranks, per_node = self.costs.workload.world_size, self.cluster.ranks_per_node
+        mine, theirs = self.group * ranks, group % self.plan.pp * ranks
+        return all((mine + at) // per_node == (theirs + at) // per_node for at in range(ranks))
 
     def _wires(self) -> tuple[set[bool], set[bool], set[bool]]:
         """Whether layers' own collectives, those over the data axis, and messages cross nodes."""
@@ -285,7 +300,7 @@ class _Group:
             if extent > 1:
                 inner.add(extent > per_node)
             if strategy.data_ranks > 1:
-                data.add((strategy.data_ranks - 1) * strategy.tp >= per_node)
+                data.add(self._crosses(strategy))
         crosses = ranks * self.plan.pp > per_node  # some cut lies between nodes
         return inner, data, {crosses} if self.plan.pp > 1 else set()
 

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from galvatron_compile.cluster import CUDA_KERNEL_MS, ClusterProfile, Device
+from galvatron_compile.cluster import CUDA_KERNEL_MS, ClusterProfile, Device, Overlap
 from galvatron_compile.cluster_json import dumps, loads
 from galvatron_compile.curves import CollectiveCurve, RateCurve, rising
 from galvatron_compile.errors import ProfileError
@@ -159,6 +159,23 @@ def test_json_round_trip(tmp_path: Path) -> None:
     assert ClusterProfile.load(tmp_path / "cluster.json") == profile
 
 
+def test_overlap_within_a_node_is_kept_and_may_be_missing(tmp_path: Path) -> None:
+    preset, path = ClusterProfile.preset("2x4xL40S"), tmp_path / "cluster.json"
+    assert preset.overlap_within(True) is preset.overlap_within(False) is preset.overlap
+    within = Overlap(1.9, 1.8, 1.7, "measured by hand")
+    profile = replace(preset, node_overlap=within)
+    profile.save(path)
+    assert ClusterProfile.load(path) == profile
+    assert profile.overlap_within(True) == within and profile.overlap_within(False) != within
+    assert profile.overlap_slowdown == 1.9 > profile.overlap.joint
+    assert "within a node 1.90 (computation x1.80, communication x1.70)" in str(profile)
+    assert profile.sources()["overlap in a node"] == "measured by hand"
+    raw = json.loads(path.read_text())
+    del raw["node_overlap"]  # as versions before wrote it
+    path.write_text(json.dumps(raw))
+    assert ClusterProfile.load(path) == preset
+
+
 def _without(field: str) -> Any:
     return lambda raw: raw.pop(field)
 
@@ -179,6 +196,10 @@ def _without(field: str) -> Any:
         (lambda raw: raw["memory"].update(source="a friend"), "memory.source must start with"),
         (lambda raw: raw["overlap"].update(joint=0.5), "overlap.joint is 0.5"),
         (lambda raw: raw["overlap"].update(joint=True), "overlap.joint must be a number"),
+        (
+            lambda raw: raw.update(node_overlap={**raw["overlap"], "joint": 0.5}),
+            "node_overlap: overlap.joint is 0.5",
+        ),
         (lambda raw: raw["matmul"][1]["points"].reverse(), r"matmul\[1\]: .*sizes must rise"),
         (lambda raw: raw["matmul"][0]["points"].clear(), r"matmul\[0\]: .*no points"),
         (lambda raw: raw["matmul"].append(raw["matmul"][0]), "lists bfloat16 twice"),

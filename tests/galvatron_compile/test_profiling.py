@@ -69,6 +69,7 @@ def test_two_ranks_measure_every_collective_and_agree(ranks: Callable[[int], Any
     for curve in profile.collectives:
         assert [payload for payload, _ in curve.points] == [1024, 8192]
         assert curve.points[0][1] <= curve.points[1][1]
+    assert profile.node_overlap is None  # one node: the same
     assert profile.overlap_slowdown >= 1 and profile.is_measured and "gloo" in str(profile)
 
 
@@ -77,6 +78,15 @@ def test_two_nodes_of_one_rank_measure_the_cluster_tier(ranks: Callable[[int], A
     assert (profile.num_nodes, profile.ranks_per_node) == (2, 1)
     assert {c.tier for c in profile.collectives} == {"cluster"}
     assert profile.collective_ms("p2p", 4096, (0, 1)) > 0
+
+
+def test_overlap_is_measured_within_nodes_and_across(ranks: Callable[[int], Any]) -> None:
+    answers = ranks(4).run(_measure_and_count_groups, 2)
+    profile = answers[0][0]
+    assert all(answer == (profile, True, 4) for answer in answers)
+    assert (profile.num_nodes, profile.ranks_per_node) == (2, 2)
+    assert profile.node_overlap is not None and profile.node_overlap is not profile.overlap
+    assert profile.node_overlap.source.startswith("measured on")
 
 
 def test_groups_are_neighbours_in_a_node_and_strided_across_nodes() -> None:

@@ -45,6 +45,16 @@ def test_slowdowns_may_differ() -> None:
     assert found.groups[0].slowed_ms == pytest.approx(8 - 8 / 1.5)
 
 
+@pytest.mark.parametrize(("in_node", "end_ms"), [(False, 12 + 4 * 0.5), (True, 12 + 4 * 2.0)])
+def test_what_stays_within_a_node_has_slowdowns_of_its_own(in_node: bool, end_ms: float) -> None:
+    """Communication as long as before; computation beside it at 1 / 1.5 or 1 / 3 of its speed."""
+    found = alone(
+        BESIDE, [layer(12.0)], UnitWork(gather_ms=6.0 if not in_node else 12.0, in_node=in_node),
+        compute_slowdown=1.5, node_compute_slowdown=3.0,
+    )  # fmt: skip
+    assert found.step_ms == pytest.approx(end_ms)
+
+
 def test_speeds_change_when_something_starts_or_ends() -> None:
     """A collective that starts with the second of three layers and outlasts it."""
     actions = [

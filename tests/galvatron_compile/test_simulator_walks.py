@@ -65,14 +65,21 @@ def any_pipeline(draw: st.DrawFn) -> tuple[list[Outline], list[Work]]:
             Work(
                 priced,
                 tuple(
-                    UnitWork(draw(time), draw(time), draw(time), draw(time), 2, 4, 3, 8, 2)
+                    UnitWork(
+                        draw(time), draw(time), draw(time), draw(time), 2, 4, 3, 8, 2,
+                        in_node=draw(st.booleans()),
+                    )
                     for _ in units
                 ),
                 tuple(
-                    SendWork(draw(time) * (s < last), draw(time) * (s > 0), 3, 4)
+                    SendWork(
+                        draw(time) * (s < last), draw(time) * (s > 0), 3, 4,
+                        draw(st.booleans()), draw(st.booleans()),
+                    )
                     for s in range(group, pp * virtual, pp)
                 ),
                 draw(time), 11, draw(slow), draw(slow), draw(st.booleans()), draw(st.booleans()),
+                None, draw(slow), draw(slow),
             )
         )  # fmt: skip
     return outlines, works

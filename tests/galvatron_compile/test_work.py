@@ -41,6 +41,10 @@ def test_the_halves_of_backward_make_the_whole() -> None:
         (lambda: SendWork(gradients_bytes=-3), "gradients_bytes .* got -3"),
         (lambda: LayerWork(Phase(), Phase(), weight_share=1.5), "weight_share must be at most 1"),
         (lambda: Work({}, compute_slowdown=0.5), "compute_slowdown must be at least 1, got 0.5"),
+        (
+            lambda: Work({}, node_communication_slowdown=0.5),
+            "node_communication_slowdown must be at least 1, got 0.5",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(make: Any, message: str) -> None:

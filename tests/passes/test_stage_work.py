@@ -160,6 +160,30 @@ def test_messages_cross_cuts_alone_and_wires_are_shared_within_a_tier() -> None:
     assert work.compute_slowdown == CLUSTER.overlap.compute > 1
 
 
+@pytest.mark.parametrize(
+    ("text", "sums", "messages"),
+    [
+        ("dp4.zero3", [False], []),
+        ("tp2.dp2", [False], []),  # neighbours are tensor-parallel, the data axis crosses nodes
+        ("dp2.zero3; pp=2; micro=4", [True, True], [False]),
+        ("dp1; pp=4; micro=4", [False] * 4, [True, False, True]),
+    ],
+)
+def test_what_stays_within_a_node_is_told(
+    text: str, sums: list[bool], messages: list[bool]
+) -> None:
+    """Two nodes of two ranks."""
+    _, _, _, works = parts(text)
+    if "dp1" not in text:
+        assert [{unit.in_node for unit in work.units} for work in works] == [{x} for x in sums]
+    assert [work.sends[0].activations_in_node for work in works[:-1]] == messages
+    assert [work.sends[0].gradients_in_node for work in works[1:]] == messages
+    assert not works[-1].sends[0].activations_in_node and not works[0].sends[0].gradients_in_node
+    within = CLUSTER.overlap_within(True)
+    assert works[0].node_compute_slowdown == within.compute
+    assert works[0].node_communication_slowdown == within.communication
+
+
 def test_the_embedding_has_no_gradient_of_its_inputs() -> None:
     _, _, _, (work, _) = parts("tp2; pp=2; micro=4; schedule=zero-bubble")
     assert work.layers[0].weight_share == 1
