@@ -192,10 +192,10 @@ class Work:
     def __post_init__(self) -> None:
         _check(self)
         for name in ("compute_slowdown", "communication_slowdown"):
-            for field in (name, f"node_{name}"):
-                value = getattr(self, field)
+            for each in (name, f"node_{name}"):
+                value = getattr(self, each)
                 if value < 1:
-                    raise PlanError(f"{field} must be at least 1, got {value}")
+                    raise PlanError(f"{each} must be at least 1, got {value}")
 
     def slowdowns(self, in_node: bool) -> tuple[float, float]:
         """Of computation and of communication, see the class."""
