@@ -144,8 +144,6 @@ class _Measurement:
         found += [(f"p2p, {t}", partial(self.measure_p2p, t)) for t in tiers]
         if tiers:
             found.append(("overlap", self.measure_overlap))
-        if len(tiers) == 2:
-            found.append(("overlap within a node", self.measure_node_overlap))
         return found
 
     def measure_launch(self) -> None:
@@ -196,7 +194,12 @@ class _Measurement:
 
     def measure_collectives(self, tier: str, ranks: tuple[int, ...]) -> None:
         payloads_bytes = self.sizes.payloads_bytes
-        self.collectives += measure_group(self.watch, tier, ranks, payloads_bytes, self.source)
+        with group_among(ranks) as group:
+            self.collectives += measure_group(
+                self.watch, tier, ranks, group, payloads_bytes, self.source
+            )
+            if tier == "node" and len(ranks) == self.per_node and self.num_nodes > 1:
+                self.node_overlap = self.overlap_among(group)
 
     def measure_p2p(self, tier: str) -> None:
         payloads_bytes = self.sizes.payloads_bytes
@@ -205,11 +208,6 @@ class _Measurement:
 
     def measure_overlap(self) -> None:
         self.overlap = self.overlap_among(None)
-
-    def measure_node_overlap(self) -> None:
-        first = self.rank // self.per_node * self.per_node
-        with group_among(tuple(range(first, first + self.per_node))) as group:
-            self.node_overlap = self.overlap_among(group)
 
     def overlap_among(self, group: dist.ProcessGroup | None) -> Overlap:
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32

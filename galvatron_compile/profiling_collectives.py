@@ -13,6 +13,7 @@ import torch.distributed as dist
 from galvatron_compile.curves import KINDS, CollectiveCurve, rising
 from galvatron_compile.gather_scatter import all_gather, reduce_scatter
 from galvatron_compile.stopwatch import Stopwatch
+from galvatron_compile.torch_private import new_local_group
 
 _ITEM_BYTES = 4  # float32
 _MAX_SIZES = 6  # group sizes per tier: enough for a curve, few enough for a thousand ranks
@@ -50,8 +51,7 @@ def group_among(ranks: tuple[int, ...]) -> Iterator[dist.ProcessGroup | None]:
     if len(ranks) == dist.get_world_size():
         yield None
         return
-    # Local synchronisation: a rank makes its own group only, not those of all others.
-    group = dist.new_group(list(ranks), use_local_synchronization=True)
+    group = new_local_group(ranks)
     try:
         yield group
     finally:
@@ -60,15 +60,19 @@ def group_among(ranks: tuple[int, ...]) -> Iterator[dist.ProcessGroup | None]:
 
 
 def measure_group(
-    watch: Stopwatch, tier: str, ranks: tuple[int, ...], payloads_bytes: Sequence[int], source: str
+    watch: Stopwatch,
+    tier: str,
+    ranks: tuple[int, ...],
+    group: dist.ProcessGroup | None,
+    payloads_bytes: Sequence[int],
+    source: str,
 ) -> list[CollectiveCurve]:
-    """Every collective but p2p over the group of ``ranks``; every rank calls with its own group."""
+    """Every collective but p2p over ``group`` of ``ranks``; every rank calls with its own group."""
     curves = []
-    with group_among(ranks) as group:
-        for kind in KINDS:
-            if kind != "p2p":
-                points = _sweep(watch, payloads_bytes, _collective(watch, kind, ranks, group))
-                curves.append(CollectiveCurve(kind, tier, len(ranks), points, source))
+    for kind in KINDS:
+        if kind != "p2p":
+            points = _sweep(watch, payloads_bytes, _collective(watch, kind, ranks, group))
+            curves.append(CollectiveCurve(kind, tier, len(ranks), points, source))
     return curves
 
 

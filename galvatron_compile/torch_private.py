@@ -6,6 +6,7 @@ import builtins
 import contextlib
 import importlib
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
@@ -199,6 +200,30 @@ def group_timeout() -> timedelta | None:
         if isinstance(timeout, timedelta):
             return timeout
     return None
+
+
+_times_made: Counter[tuple[int, ...]] = Counter()
+_MANY_GROUPS = 1000  # more than a process has at a time
+
+
+def new_local_group(ranks: tuple[int, ...]) -> torch.distributed.ProcessGroup:
+    """A process group that only its ranks make, under a name that none of the same ranks had.
+
+    ``new_group`` hashes the ranks and the number of living groups to a name. Where the same ranks
+    had a group that is gone, gloo finds the addresses of that one in the store and fails to connect
+    (checked on 2.11 and 2.13). So others are counted that do not live.
+    """
+    from torch.distributed import distributed_c10d
+
+    names: dict[Any, Any] = distributed_c10d._world.pg_names
+    others = [object() for _ in range(_MANY_GROUPS * _times_made[ranks])]
+    _times_made[ranks] += 1
+    names.update((other, f"none {number}") for number, other in enumerate(others))
+    try:
+        return torch.distributed.new_group(list(ranks), use_local_synchronization=True)
+    finally:
+        for other in others:
+            del names[other]
 
 
 # --- symmetric memory (read in the sources of torch 2.11 and 2.13; no GPU was there to run it) ---
