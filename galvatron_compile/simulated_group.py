@@ -106,14 +106,17 @@ class Group:
         layer, as shares of the speed alone.
 
         While it computes both slow down; while its own collectives run, they and the others each
-        have half of the wire if they share one. Averaged over the even mixture.
+        have half of the wire if they share one, and slow down as computation does where they are
+        work of the cores. Averaged over the even mixture.
         """
         if (phase, in_node) not in self._speeds:
             work, inner_ms = self.work, phase.inner_ms
             compute_slowdown, communication_slowdown = work.slowdowns(in_node)
-            slow_ms = phase.compute_ms * compute_slowdown
-            took_ms = slow_ms + inner_ms * (2 if work.inner_shares_wire else 1)
-            moved_ms = slow_ms / communication_slowdown + inner_ms
+            cores_ms = inner_ms if work.inner_computes and not work.inner_shares_wire else 0.0
+            slow_ms = (phase.compute_ms + cores_ms) * compute_slowdown
+            wire_ms = inner_ms - cores_ms
+            took_ms = slow_ms + wire_ms * (2 if work.inner_shares_wire else 1)
+            moved_ms = slow_ms / communication_slowdown + wire_ms
             speeds = (phase.alone_ms / took_ms, moved_ms / took_ms) if took_ms else (1.0, 1.0)
             self._speeds[phase, in_node] = speeds
         return self._speeds[phase, in_node]

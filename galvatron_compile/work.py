@@ -171,6 +171,7 @@ class Work:
     node_compute_slowdown, node_communication_slowdown: the same where the collective or message
         stays within a node.
     inner_shares_wire: whether layers' own collectives use the links that gathers and sums use.
+    inner_computes: whether they are work of the cores, as on CPUs, and suffer as computation does.
     messages_share_wire: whether messages between stages do. Who shares gets half of a link.
     cores: those that the group's ranks share with others; None where every rank has a device of its
         own. Times of layers are those with all ranks busy: where fewer are, the others get more.
@@ -188,6 +189,7 @@ class Work:
     cores: Cores | None = None
     node_compute_slowdown: float = 1.0
     node_communication_slowdown: float = 1.0
+    inner_computes: bool = False
 
     def __post_init__(self) -> None:
         _check(self)

@@ -85,6 +85,7 @@ class _Group:
             node_communication_slowdown=self.cluster.overlap_within(True).communication,
             inner_shares_wire=bool(tensor & data),
             messages_share_wire=bool(messages & data),
+            inner_computes=self.cluster.device.kind == "cpu",
         )
         return outline, work
 

@@ -98,6 +98,21 @@ def test_a_layers_own_collectives_leave_the_wire_or_half_of_it(
     assert found.groups[0].inner["tensor_ms"] == 2.0
 
 
+@pytest.mark.parametrize(("shares", "ends"), [(False, (6.0, 9.0)), (True, (7.0, 9.0))])
+def test_a_layers_own_collectives_may_be_work_of_the_cores(
+    shares: bool, ends: tuple[float, float]
+) -> None:
+    """On CPUs: 4 ms at 1 / 1.5 of the speed. A wire that is shared slows them down more."""
+    found = alone(
+        BESIDE, [layer(2.0, inner=2.0)], UnitWork(gather_ms=6.0 if shares else 7.0),
+        inner_computes=True, inner_shares_wire=shares,
+        compute_slowdown=1.5, communication_slowdown=1.5,
+    )  # fmt: skip
+    # The gather does 4 of 7 ms in 6, or 2 + 2 of 6 in 3 + 4; the rest alone.
+    compute, gather = (found.timeline.row(0, name)[0] for name in ("compute", "communication"))
+    assert (compute.end_ms, gather.end_ms) == pytest.approx(ends)
+
+
 def test_waiting_is_exposed_by_kind() -> None:
     actions = [
         *BESIDE, Action("backward", 0, 0), Action("reduce", 0), Action("wait_reduce", 0),

@@ -180,6 +180,7 @@ def test_what_stays_within_a_node_is_told(
     assert [work.sends[0].gradients_in_node for work in works[1:]] == messages
     assert not works[-1].sends[0].activations_in_node and not works[0].sends[0].gradients_in_node
     within = CLUSTER.overlap_within(True)
+    assert works[0].inner_computes == (CLUSTER.device.kind == "cpu")
     assert works[0].node_compute_slowdown == within.compute
     assert works[0].node_communication_slowdown == within.communication
 
