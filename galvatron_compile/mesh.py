@@ -132,7 +132,8 @@ class Mesh:
 
         tied: sets of pipeline groups that hold a parameter in common.
         groups: those that other meshes of this process have made; used again, and added to. Each
-            costs threads and connections, or on GPUs memory, as long as the process lives.
+            costs threads and connections, or on GPUs memory, as long as the process lives. All
+            ranks give one with the same history, of the same default process group.
         """
         groups = {} if groups is None else groups
         if world_size % pp:

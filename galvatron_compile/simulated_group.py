@@ -12,6 +12,7 @@ from galvatron_compile.simulation import INNER, GroupSimulation
 from galvatron_compile.timeline import Span, Stream
 from galvatron_compile.work import Phase, Work
 
+_NO_PHASE = Phase()
 OPTIMIZER = Action("optimizer", -1)  # type: ignore[arg-type]  # no list has it
 
 
@@ -37,7 +38,7 @@ class Job:
         self.since = self.start = self.end = -1.0
         self.version = 0
         self.in_node = in_node
-        self.phase = Phase()
+        self.phase = _NO_PHASE
         self.trace: list[tuple[float, float]] = []
 
     def edges(self, size: int) -> list[tuple[float, float]]:

@@ -211,13 +211,15 @@ def new_local_group(ranks: tuple[int, ...]) -> torch.distributed.ProcessGroup:
 
     ``new_group`` hashes the ranks and the number of living groups to a name. Where the same ranks
     had a group that is gone, gloo finds the addresses of that one in the store and fails to connect
-    (checked on 2.11 and 2.13). So others are counted that do not live.
+    (checked on 2.11 and 2.13). So others are counted that do not live. All ``ranks`` have to call
+    equally often.
     """
     from torch.distributed import distributed_c10d
 
     names: dict[Any, Any] = distributed_c10d._world.pg_names
-    others = [object() for _ in range(_MANY_GROUPS * _times_made[ranks])]
     _times_made[ranks] += 1
+    # Up to a number that does not depend on how many groups live: ranks may be in more or fewer.
+    others = [object() for _ in range(_MANY_GROUPS * _times_made[ranks] - len(names))]
     names.update((other, f"none {number}") for number, other in enumerate(others))
     try:
         return torch.distributed.new_group(list(ranks), use_local_synchronization=True)

@@ -171,7 +171,8 @@ class Work:
     node_compute_slowdown, node_communication_slowdown: the same where the collective or message
         stays within a node.
     inner_shares_wire: whether layers' own collectives use the links that gathers and sums use.
-    inner_computes: whether they are work of the cores, as on CPUs, and suffer as computation does.
+    inner_computes: whether they are work of the cores, as within a node of CPUs, and suffer as
+        computation does (as a shared wire does where inner_shares_wire).
     messages_share_wire: whether messages between stages do. Who shares gets half of a link.
     cores: those that the group's ranks share with others; None where every rank has a device of its
         own. Times of layers are those with all ranks busy: where fewer are, the others get more.

@@ -85,7 +85,7 @@ class _Group:
             node_communication_slowdown=self.cluster.overlap_within(True).communication,
             inner_shares_wire=bool(tensor & data),
             messages_share_wire=bool(messages & data),
-            inner_computes=self.cluster.device.kind == "cpu",
+            inner_computes=self.cluster.device.kind == "cpu" and True not in tensor,
         )
         return outline, work
 
@@ -262,16 +262,24 @@ class _Group:
     # Messages and wires.
 
     def _sends(self, number: int, stage: Stage) -> SendWork:
-        first, last = self._cost(stage.first), self._cost(stage.last - 1)
+        """Each cut with the time of the tier it lies in; the closed form takes the slower one."""
         onward, back = number < self.num_stages - 1, number > 0
+        sent = self._carried(stage.last - 1)[0] * onward
+        returned = self._carried(stage.first)[1] * back
+        ahead, behind = self._shares_node(self.group + 1), self._shares_node(self.group - 1)
         return SendWork(
-            last.forward_send_ms * onward,
-            first.backward_send_ms * back,
-            self._carried(stage.last - 1)[0] * onward,
-            self._carried(stage.first)[1] * back,
-            activations_in_node=onward and self._shares_node(self.group + 1),
-            gradients_in_node=back and self._shares_node(self.group - 1),
+            self._message_ms(sent, ahead),
+            self._message_ms(returned, behind),
+            sent,
+            returned,
+            activations_in_node=onward and ahead,
+            gradients_in_node=back and behind,
         )
+
+    def _message_ms(self, num_bytes: int, in_node: bool) -> float:
+        ranks = self.costs.workload.world_size
+        apart = ranks if in_node else max(ranks, self.cluster.ranks_per_node)
+        return self.cluster.group_ms("p2p", num_bytes, 2, apart)
 
     def _carried(self, layer: int) -> tuple[int, int]:
         """Bytes of a layer's outputs and inputs on one rank."""

@@ -70,16 +70,20 @@ def nothing_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setattr(tempfile, "tempdir", str(folder))
         patch.setenv("GALVATRON_TEST_SESSION", session)
         yield
+
+    def left() -> list[str]:
+        memory = set(_shared_memory()) - shared
+        found = [*_processes(session), *memory, *map(str, folder.iterdir())]
+        return [text for text in found if not _kept(text)]
+
     until = time.monotonic() + END_S
-    while _processes(session) and time.monotonic() < until:
+    while left() and time.monotonic() < until:
         time.sleep(0.1)
-    found = [*_processes(session), *(set(_shared_memory()) - shared), *map(str, folder.iterdir())]
-    left = [text for text in found if not _kept(text)]
-    assert not left, left
+    assert not left(), left()
 
 
 def _processes(session: str) -> list[str]:
-    """Command lines of the others that inherited this session's environment."""
+    """Command lines of the others that were started with this session's environment."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -93,8 +97,8 @@ def _processes(session: str) -> list[str]:
 
 
 def _shared_memory() -> list[str]:
-    folder = Path("/dev/shm")
-    return [str(path) for path in folder.iterdir()] if folder.is_dir() else []
+    """Ours; other programs have theirs there too."""
+    return list(map(str, Path("/dev/shm").glob("*galvatron*")))
 
 
 def _kept(text: str) -> bool:

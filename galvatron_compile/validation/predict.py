@@ -135,5 +135,6 @@ def adapted(cluster: ClusterProfile, software: Software) -> ClusterProfile:
             software.overlap, factors.compute, factors.communication,
             f"default: {software.name}, see galvatron_compile.validation.software",
         )  # fmt: skip
-        cluster = replace(cluster, overlap=joint)
+        within = cluster.node_overlap and replace(cluster.node_overlap, joint=software.overlap)
+        cluster = replace(cluster, overlap=joint, node_overlap=within)
     return cluster
