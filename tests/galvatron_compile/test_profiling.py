@@ -86,8 +86,30 @@ def test_overlap_is_measured_within_nodes_and_across(ranks: Callable[[int], Any]
     profile = answers[0][0]
     assert all(answer == (profile, True, 4) for answer in answers)
     assert (profile.num_nodes, profile.ranks_per_node) == (2, 2)
-    assert profile.node_overlap is not None and profile.node_overlap is not profile.overlap
+    assert profile.node_overlap is not None
     assert profile.node_overlap.source.startswith("measured on")
+
+
+def _groups_that_overlap() -> list[int]:
+    """Sizes of the groups whose all-reduces ran beside computation."""
+    from unittest.mock import patch
+
+    import torch.distributed as dist
+
+    seen, reduce = [], dist.all_reduce
+
+    def noted(tensor: Any, *rest: Any, **options: Any) -> Any:
+        if options.get("async_op"):
+            seen.append(dist.get_world_size(options["group"]))
+        return reduce(tensor, *rest, **options)
+
+    with patch.object(dist, "all_reduce", noted):
+        _measure_and_count_groups(2)
+    return sorted(set(seen))
+
+
+def test_overlap_within_a_node_is_that_of_its_group(ranks: Callable[[int], Any]) -> None:
+    assert ranks(4).run(_groups_that_overlap) == [[2, 4]] * 4
 
 
 def test_groups_are_neighbours_in_a_node_and_strided_across_nodes() -> None:

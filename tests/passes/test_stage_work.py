@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 import statistics
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 
@@ -13,7 +14,7 @@ import torch
 
 from galvatron_compile import notation
 from galvatron_compile.actions import Outline
-from galvatron_compile.cluster import ClusterProfile
+from galvatron_compile.cluster import ClusterProfile, Overlap
 from galvatron_compile.constraints import Constraints
 from galvatron_compile.costs import LayerCost
 from galvatron_compile.findings import predicted
@@ -166,23 +167,47 @@ def test_messages_cross_cuts_alone_and_wires_are_shared_within_a_tier() -> None:
         ("dp4.zero3", [False], []),
         ("tp2.dp2", [False], []),  # neighbours are tensor-parallel, the data axis crosses nodes
         ("dp2.zero3; pp=2; micro=4", [True, True], [False]),
-        ("dp1; pp=4; micro=4", [False] * 4, [True, False, True]),
+        ("tp2; pp=2; micro=4", [True, True], [False]),
+        ("dp1; pp=4; micro=4", [True] * 4, [True, False, True]),
     ],
 )
-def test_what_stays_within_a_node_is_told(
+def test_what_stays_within_a_node_is_told_and_priced_so(
     text: str, sums: list[bool], messages: list[bool]
 ) -> None:
     """Two nodes of two ranks."""
     _, _, _, works = parts(text)
-    if "dp1" not in text:
-        assert [{unit.in_node for unit in work.units} for work in works] == [{x} for x in sums]
-    assert [work.sends[0].activations_in_node for work in works[:-1]] == messages
-    assert [work.sends[0].gradients_in_node for work in works[1:]] == messages
+    assert [{unit.in_node for unit in work.units} for work in works] == [{x} for x in sums]
+    onward, back = [w.sends[0] for w in works[:-1]], [w.sends[0] for w in works[1:]]
+    assert [send.activations_in_node for send in onward] == messages
+    assert [send.gradients_in_node for send in back] == messages
     assert not works[-1].sends[0].activations_in_node and not works[0].sends[0].gradients_in_node
-    within = CLUSTER.overlap_within(True)
-    assert works[0].inner_computes == (CLUSTER.device.kind == "cpu")
-    assert works[0].node_compute_slowdown == within.compute
-    assert works[0].node_communication_slowdown == within.communication
+    for ends in zip(onward, back, messages, strict=True):
+        tier = (0, 1) if ends[2] else (0, 2)
+        for ms, num_bytes in (
+            (ends[0].activations_ms, ends[0].activations_bytes),
+            (ends[1].gradients_ms, ends[1].gradients_bytes),
+        ):
+            assert ms == CLUSTER.collective_ms("p2p", num_bytes, tier) > 0
+
+
+def test_each_tier_has_its_own_overlap_and_on_cpus_collectives_are_work_of_the_cores() -> None:
+    pricer = study().pricer
+    plan = notation.parse("tp2.dp2", study().layer_names, RANKS, BATCH)
+    costs = pricer.costs_for(family_of(plan), RANKS, BATCH)
+    overlap = Overlap(1.1, 1.2, 1.3, "measured"), Overlap(1.9, 1.8, 1.7, "measured")
+    cluster = replace(CLUSTER, overlap=overlap[0], node_overlap=overlap[1])
+
+    def on(found: ClusterProfile, text: str) -> Work:
+        given = notation.parse(text, study().layer_names, RANKS, BATCH)
+        return stage_work(replace(costs, cluster=found), pricer.switches, given)[1][0]
+
+    work = on(cluster, "tp2.dp2")
+    assert (work.compute_slowdown, work.communication_slowdown) == (1.2, 1.3)
+    assert (work.node_compute_slowdown, work.node_communication_slowdown) == (1.8, 1.7)
+    assert not work.inner_computes
+    cpu = replace(cluster, device=replace(cluster.device, kind="cpu"))
+    assert on(cpu, "tp2.dp2").inner_computes
+    assert not on(cpu, "tp4").inner_computes  # over the link between nodes
 
 
 def test_the_embedding_has_no_gradient_of_its_inputs() -> None:
