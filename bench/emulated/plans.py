@@ -64,7 +64,7 @@ TOPOLOGIES = {
     "a": Topology(
         "2 nodes x 1 rank",
         1,
-        (1.5e9, 4e8),
+        (1.2e9, 4e8),
         {
             "data": ("dp2",),
             "FSDP": ("dp2.zero3",),
