@@ -202,8 +202,7 @@ class FlatBucket:
             if slot.index not in self.gradients.touched or self.reduced is None:
                 continue
             gradient = self.reduced.narrow(0, slot.offset, master.numel()).view(master.shape)
-            if gradient.dtype != master.dtype:
-                gradient = gradient.to(master.dtype)
+            gradient = gradient.to(master.dtype)
             if master.grad is None:
                 master.grad = gradient
             else:

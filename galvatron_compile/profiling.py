@@ -210,6 +210,7 @@ class _Measurement:
         self.overlap = self.overlap_among(None)
 
     def overlap_among(self, group: dist.ProcessGroup | None) -> Overlap:
+        """Of the largest product measured, beside sums over this rank's ``group``; None: all."""
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         curve = next(curve for curve in self.matmul if curve.dtype == _name(dtype))
         flops = curve.points[-1][0]

@@ -1,8 +1,9 @@
 """stage_work: LayerCosts, Switches, Plan → outline and work of every pipeline group.
 
 The same numbers as the closed form's (passes.pricing), taken apart into what each action of a
-rank's list takes: which parameters are gathered and summed together, what is recomputed, what
-crosses a cut. Sizes follow the runtime's parameter units (galvatron_compile.units).
+rank's list takes: which parameters are gathered and summed together, what is recomputed. What
+crosses a cut: passes.stage_sends. Sizes follow the runtime's parameter units
+(galvatron_compile.units).
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from galvatron_compile.graph import Layer
 from galvatron_compile.passes.layer_costs import LayerCosts
 from galvatron_compile.passes.parameter_sizes import ParameterBytes, parameter_bytes
 from galvatron_compile.passes.reshard_cost import Switches
+from galvatron_compile.passes.stage_sends import stage_sends
 from galvatron_compile.passes.state_costs import ADAM_MOMENTS, Sizes, state_times
 from galvatron_compile.passes.tally import MATMUL
 from galvatron_compile.plans import Plan, Stage
 from galvatron_compile.strategy import Strategy
-from galvatron_compile.work import LayerWork, Phase, SendWork, UnitWork, Work
+from galvatron_compile.work import LayerWork, Phase, UnitWork, Work
 from galvatron_compile.work_json import Groups
 
 
@@ -53,8 +55,7 @@ class _Group:
         self.costs, self.switches, self.plan, self.group = costs, switches, plan, group
         self.layered, self.cluster = costs.layered, costs.cluster
         stages = plan.stages or (Stage(0, len(plan.layers)),)
-        self.stages = [*enumerate(stages)][group :: plan.pp]
-        self.num_stages = len(stages)
+        self.stages = stages[group :: plan.pp]
         self.numbers = plan.group_layers(group)
         self.members = self._members()
 
@@ -62,7 +63,7 @@ class _Group:
         plan = self.plan
         priced = {i: self._cost(i) for i in self.numbers}
         units = [self._unit(member) for member in self.members]
-        chunks = tuple(tuple(range(s.first, s.last)) for _, s in self.stages)
+        chunks = tuple(tuple(range(s.first, s.last)) for s in self.stages)
         outline = Outline(
             chunks=chunks,
             layers={i: self._layer_outline(i) for i in self.numbers},
@@ -76,7 +77,7 @@ class _Group:
         work = Work(
             layers={i: self._layer_work(i, priced[i]) for i in self.numbers},
             units=tuple(work for _, work in units),
-            sends=tuple(self._sends(number, stage) for number, stage in self.stages),
+            sends=stage_sends(self.costs, plan, self.group),
             optimizer_ms=sum(cost.optimizer_ms for cost in priced.values()),
             reserve_bytes=int(self.cluster.reserve_bytes.value),
             compute_slowdown=self.cluster.overlap.compute,
@@ -252,52 +253,18 @@ class _Group:
 
     def _switch_ms(self, layer: int) -> float:
         """Changing layout in front of a layer, there and back; free where a stage begins."""
-        if any(stage.first == layer for _, stage in self.stages):
+        if any(stage.first == layer for stage in self.stages):
             return 0.0
         before, after = self.plan.strategies[layer - 1 : layer + 1]
         batch = self.plan.global_batch_size // self.plan.num_micro_batches
         ranks = self.costs.workload.world_size
         return self.switches.ms(layer - 1, before, after, batch, ranks)
 
-    # Messages and wires.
-
-    def _sends(self, number: int, stage: Stage) -> SendWork:
-        """Each cut with the time of the tier it lies in; the closed form takes the slower one."""
-        onward, back = number < self.num_stages - 1, number > 0
-        sent = self._carried(stage.last - 1)[0] * onward
-        returned = self._carried(stage.first)[1] * back
-        ahead, behind = self._shares_node(self.group + 1), self._shares_node(self.group - 1)
-        return SendWork(
-            self._message_ms(sent, ahead),
-            self._message_ms(returned, behind),
-            sent,
-            returned,
-            activations_in_node=onward and ahead,
-            gradients_in_node=back and behind,
-        )
-
-    def _message_ms(self, num_bytes: int, in_node: bool) -> float:
-        ranks = self.costs.workload.world_size
-        apart = ranks if in_node else max(ranks, self.cluster.ranks_per_node)
-        return self.cluster.group_ms("p2p", num_bytes, 2, apart)
-
-    def _carried(self, layer: int) -> tuple[int, int]:
-        """Bytes of a layer's outputs and inputs on one rank."""
-        index, strategy = self.layered.layers[layer].class_index, self.plan.strategies[layer]
-        sharded = self.costs.shardings.get(index, strategy)
-        local = self.costs.local_batch(strategy, self.plan.num_micro_batches)
-        sent, returned = self.costs.messages.bytes_carried(index, sharded)
-        return int(sent * local), int(returned * local)
+    # Wires.
 
     def _crosses(self, strategy: Strategy) -> bool:
         """Whether the data axis leaves a node."""
         return (strategy.data_ranks - 1) * strategy.tp >= self.cluster.ranks_per_node
-
-    def _shares_node(self, group: int) -> bool:
-        """Whether every rank of this group finds its neighbour in ``group`` on its own node."""
-        ranks, per_node = self.costs.workload.world_size, self.cluster.ranks_per_node
-        mine, theirs = self.group * ranks, group % self.plan.pp * ranks
-        return all((mine + at) // per_node == (theirs + at) // per_node for at in range(ranks))
 
     def _wires(self) -> tuple[set[bool], set[bool], set[bool]]:
         """Whether layers' own collectives, those over the data axis, and messages cross nodes."""
