@@ -108,6 +108,31 @@ def _groups_that_overlap() -> list[int]:
     return sorted(set(seen))
 
 
+def _groups_of_pairs() -> list[float]:
+    """Rank 0 is in a group more than rank 1."""
+    import torch.distributed as dist
+
+    from galvatron_compile.torch_private import new_local_group
+
+    rank = dist.get_rank()
+    kept = dist.new_group([0], use_local_synchronization=True) if rank == 0 else None
+    sums = []
+    for _ in range(2):
+        group = new_local_group((0, 1))
+        sums.append(torch.ones(1))
+        dist.all_reduce(sums[-1], group=group)
+        dist.barrier()
+        dist.destroy_process_group(group)
+    assert (kept is None) == (rank == 1)
+    return [float(each) for each in sums]
+
+
+def test_groups_may_be_made_again_by_ranks_with_unequally_many(
+    ranks: Callable[[int], Any],
+) -> None:
+    assert ranks(2).run(_groups_of_pairs) == [[2.0, 2.0]] * 2
+
+
 def test_overlap_within_a_node_is_that_of_its_group(ranks: Callable[[int], Any]) -> None:
     assert ranks(4).run(_groups_that_overlap) == [[2, 4]] * 4
 

@@ -12,7 +12,7 @@ from galvatron_compile.errors import PlanError
 from galvatron_compile.passes.order import order
 from galvatron_compile.schedules import bubble_share
 from galvatron_compile.simulator import simulate
-from galvatron_compile.work import Cores, UnitWork, Work
+from galvatron_compile.work import Cores, SendWork, UnitWork, Work
 
 BESIDE = [Action("gather", 0), Action("forward", 0, 0), Action("wait_gather", 0)]
 
@@ -53,6 +53,64 @@ def test_what_stays_within_a_node_has_slowdowns_of_its_own(in_node: bool, end_ms
         compute_slowdown=1.5, node_compute_slowdown=3.0,
     )  # fmt: skip
     assert found.step_ms == pytest.approx(end_ms)
+
+
+@pytest.mark.parametrize(("in_node", "ends"), [(False, 4.0), (True, 8.0)])
+def test_computation_slows_down_communication_by_tier(in_node: bool, ends: float) -> None:
+    found = alone(
+        BESIDE, [layer(12.0)], UnitWork(gather_ms=4.0, in_node=in_node),
+        node_communication_slowdown=2.0,
+    )  # fmt: skip
+    assert found.timeline.row(0, "communication")[0].end_ms == pytest.approx(ends)
+
+
+def test_sums_within_a_node_slow_down_as_gathers_do() -> None:
+    actions = [
+        Action("forward", 0, 0), Action("reduce", 0), Action("backward", 0, 0),
+        Action("wait_reduce", 0),
+    ]  # fmt: skip
+    found = alone(
+        actions, [layer(1.0, backward=12.0)], UnitWork(reduce_ms=6.0, in_node=True),
+        node_compute_slowdown=3.0,
+    )  # fmt: skip
+    assert found.step_ms == pytest.approx(1 + 6 + (12 - 6 / 3))
+
+
+@pytest.mark.parametrize("near", ["activations", "gradients"])
+def test_messages_within_a_node_slow_down_both_ends(near: str) -> None:
+    """A layer runs while the one before it travels for half a millisecond: at half the speed."""
+    outlines, works = pipeline(2, 2)
+    first = SendWork(activations_ms=0.5, activations_in_node=near == "activations")
+    last = SendWork(gradients_ms=0.5, gradients_in_node=near == "gradients")
+    works = [
+        replace(work, sends=(sends,), node_compute_slowdown=2.0)
+        for work, sends in zip(works, (first, last), strict=True)
+    ]
+    found = run(outlines, works)
+    # Behind the first forward (1 ms) of group 0, behind the first backward (2 ms) of group 1.
+    took = [
+        next(
+            span.end_ms - span.start_ms
+            for span in found.timeline.row(group, "compute")
+            if (span.kind, span.micro_batch) == ("forward", 1)
+        )
+        for group in (0, 1)
+    ]
+    assert took == pytest.approx([1.25, 1.0] if near == "activations" else [1.0, 1.25])
+
+
+def test_beside_both_tiers_the_slower_counts() -> None:
+    outlines, works = pipeline(2, 2)
+    works[0] = replace(
+        works[0], sends=(SendWork(activations_ms=0.5),), compute_slowdown=2.0,
+        units=(UnitWork(gather_ms=5.0, in_node=True),), node_compute_slowdown=4.0,
+    )  # fmt: skip
+    lists = [list(order(outline)) for outline in outlines]
+    lists[0] = [Action("gather", 0), *lists[0], Action("wait_gather", 0)]
+    found = simulate(outlines, lists, works)
+    # A quarter of the speed to 5 ms, half of it would be that beside the message from 4 to 4.5.
+    ends = [span.end_ms for span in found.timeline.row(0, "compute")[:2]]
+    assert ends == pytest.approx([4.0, 5 + 1 - 0.25])
 
 
 def test_speeds_change_when_something_starts_or_ends() -> None:
