@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from galvatron_compile.cluster import ClusterProfile, Fact
+from galvatron_compile.cluster import ClusterProfile, Fact, Overlap
 from galvatron_compile.errors import GalvatronError
 from galvatron_compile.passes.tally import OperatorCount, Tally
 from galvatron_compile.validation import Run
@@ -138,6 +138,16 @@ def test_a_measured_profile_is_used_as_it_is(tmp_path: Path, predictor: Predicto
     assert slow.step_ms > 5 * predictor.predict(run()).step_ms
     with pytest.raises(GalvatronError, match=r"row 7: the profile .* describes 4 ranks, fewer"):
         predictor.predict(run(row=7, num_gpus=8, dp=2), tmp_path / "c.json")
+
+
+def test_software_that_overlaps_otherwise_does_so_within_a_node_too() -> None:
+    preset = ClusterProfile.preset("2x8xA100-80GB")
+    cluster = replace(preset, node_overlap=Overlap(1.3, 1.2, 1.1, "measured here"))
+    software = replace(Software.of(run()), overlap=1.05)
+    found = adapted(cluster, software)
+    assert found.overlap_slowdown == found.overlap.joint == 1.05
+    assert (found.overlap_within(True).joint, found.overlap_within(True).compute) == (1.05, 1.2)
+    assert adapted(preset, software).node_overlap is None
 
 
 def test_what_cannot_run_names_the_row(predictor: Predictor) -> None:
