@@ -43,7 +43,12 @@ def measure(
     """One start of the ranks: all plans at every link speed. PeerError if a rank fails."""
     out = folder / "links.json"
     rates = [f"{rate:g}" for rate in topology.rates_bits_per_s]
-    settings = EmulatedCluster(2, topology.ranks_per_node, topology.rates_bits_per_s[0])
+    settings = EmulatedCluster(
+        2,
+        topology.ranks_per_node,
+        topology.rates_bits_per_s[0],
+        cpus_per_rank=part_of_a_core(topology.ranks_per_node),
+    )
     arguments = [str(HERE / "emulated" / "worker.py"), "--topology", key, "--rates", *rates]
     given = ("out", out), ("warm-up", options.warm_up), ("repetitions", options.repetitions)
     arguments += [text for name, value in given for text in (f"--{name}", str(value))]
@@ -56,6 +61,13 @@ def measure(
         )
     found: list[dict[str, Any]] = json.loads(out.read_text())
     return found
+
+
+def part_of_a_core(ranks_per_node: int) -> float | None:
+    """Every rank's own, where a node has fewer cores than ranks: a stage that waits must not speed
+    up another, as no GPU does. None: a whole one each."""
+    cores_of_node = len(os.sched_getaffinity(0)) // 2
+    return cores_of_node / ranks_per_node if 0 < cores_of_node < ranks_per_node else None
 
 
 def show(rank: int, stream: str, line: str) -> None:

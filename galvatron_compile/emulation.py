@@ -10,8 +10,9 @@ memory and disks are the machine's own, shared by all nodes. Latency is not emul
 
 Nothing outlives the launcher, even one that is killed with SIGKILL: ranks ask the kernel to die
 with it, a guard process ends whatever they started (:mod:`galvatron_compile.emulation_child`), and
-namespaces without a name end with the last process in them. So there is nothing to clean up at the
-next start, and no signal handler.
+namespaces without a name end with the last process in them. The guard also removes the ranks'
+control groups, where they have a part of the cores each (:mod:`galvatron_compile.emulation_cores`).
+So there is nothing to clean up at the next start, and no signal handler.
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from galvatron_compile import emulation_child
+from galvatron_compile.emulation_cores import check_cpus, rank_groups, remove
 from galvatron_compile.emulation_network import (
     INTERFACE,
     MAX_NODES,
@@ -61,12 +64,16 @@ class EmulatedCluster:
         ranks_per_node: processes in each.
         rate_bits_per_s: of each node's link, in each direction at once; None: no limit.
         pin: rank i runs on core i mod cores only, so that nodes share the cores evenly.
+        cpus_per_rank: so many cores' worth of time for every rank, such as 0.5, and no more, even
+            where others are idle; None: no limit. Ranks that share cores then are as devices are:
+            one that waits does not speed up another. What a rank leaves is computed away.
     """
 
     num_nodes: int = 2
     ranks_per_node: int = 1
     rate_bits_per_s: float | None = None
     pin: bool = False
+    cpus_per_rank: float | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_nodes <= MAX_NODES:
@@ -78,6 +85,7 @@ class EmulatedCluster:
                 f"{self.ranks_per_node} ranks on a node; every node needs at least one"
             )
         check_rate(self.rate_bits_per_s)
+        check_cpus(self.cpus_per_rank)
 
     @property
     def world_size(self) -> int:
@@ -115,11 +123,14 @@ class RunningCluster:
         self.settings = settings
         self._num_runs = 0
         self._running = threading.Lock()
+        self._groups: list[Path] = []
         self._network = Network(settings.num_nodes)
         try:
             self.set_rate(settings.rate_bits_per_s)
-            self._guard = _start_guard(self._network.namespace_fds)
+            self._groups = rank_groups(settings.world_size, settings.cpus_per_rank)
+            self._guard = _start_guard(self._network.namespace_fds, self._groups)
         except BaseException:
+            remove(self._groups)
             self._network.close()
             raise
 
@@ -163,11 +174,18 @@ class RunningCluster:
             self._running.release()
 
     def close(self) -> None:
-        """End the guard, which ends what is left in the nodes, and the nodes themselves."""
+        """End the guard, which ends what is left in the nodes, and the nodes themselves.
+
+        Raises:
+            EmulationError: a control group of a rank cannot be removed.
+        """
         assert self._guard.stdin is not None
         try:
             self._guard.stdin.close()
             self._guard.wait()
+            # Nothing to do, unless something has ended the guard before its time.
+            emulation_child.end_processes(self._network.namespace_fds)
+            remove(self._groups)
         finally:
             self._network.close()
 
@@ -175,6 +193,7 @@ class RunningCluster:
         self, arguments: Sequence[str], environment: Mapping[str, str]
     ) -> list[RankCommand]:
         cores = sorted(os.sched_getaffinity(0))
+        num_fillers = math.ceil(self.settings.cpus_per_rank or 0)
         commands = []
         for rank in range(self.settings.world_size):
             node, local_rank = divmod(rank, self.settings.ranks_per_node)
@@ -183,6 +202,8 @@ class RunningCluster:
                     node=node,
                     namespace_fd=self._network.namespace_fds[node],
                     cores=(cores[rank % len(cores)],) if self.settings.pin else (),
+                    group=str(self._groups[rank]) if self._groups else "",
+                    num_fillers=num_fillers,
                     command=(sys.executable, *arguments),
                     environment={**os.environ, **self._variables(rank, local_rank), **environment},
                 )
@@ -227,10 +248,10 @@ def set_link_rate(rate_bits_per_s: float | None) -> None:
         raise EmulationError(error)
 
 
-def _start_guard(namespace_fds: Sequence[int]) -> subprocess.Popen[bytes]:
+def _start_guard(namespace_fds: Sequence[int], groups: Sequence[Path]) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-I", "-S", emulation_child.__file__, "guard"]
     return subprocess.Popen(
-        [*command, *map(str, namespace_fds)],
+        [*command, ",".join(map(str, namespace_fds)), *map(str, groups)],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         pass_fds=namespace_fds,

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import atexit
 import os
-import platform
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from galvatron_compile.errors import PeerError, PlanError
+from galvatron_compile.seats import Seat, shared_cores
 from galvatron_compile.work import Cores
 
 T = TypeVar("T")
@@ -82,23 +80,10 @@ class Job:
         return values  # type: ignore[return-value]
 
     def cores(self) -> tuple[Cores, ...]:
-        """Of every rank the cores it may use; () on GPUs and where none has to share. Collective.
-
-        Ranks that see one kernel's boot id are on one machine, whatever their network says. Those
-        that may use the same cores of it share them.
-        """
+        """Of every rank the cores it uses; () on GPUs and where none has to share. Collective."""
         if self.device.type != "cpu" or self.world_size == 1:
             return ()
-        found = self.gather(_machine())
-        pools = list(dict.fromkeys((machine, allowed) for machine, allowed, _ in found))
-        cores = tuple(
-            Cores(pools.index((machine, allowed)), len(allowed), threads)
-            for machine, allowed, threads in found
-        )
-        used = Counter[int]()
-        for each in cores:
-            used[each.pool] += each.num_threads
-        return cores if any(used[each.pool] > each.num_cores for each in cores) else ()
+        return shared_cores(self.gather(Seat.own()))
 
     def _check_same(self, texts: list[str | None]) -> None:
         for rank, text in enumerate(texts):
@@ -107,15 +92,6 @@ class Job:
                     f"rank {rank} differs from rank 0: {text!r} against {texts[0]!r}; give every "
                     "rank the same model, example shapes, cluster profile and arguments"
                 )
-
-
-def _machine() -> tuple[str, tuple[int, ...], int]:
-    """Which machine this is, the cores that this process may use, and its threads."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    name = boot.read_text().strip() if boot.exists() else platform.node()
-    affinity = getattr(os, "sched_getaffinity", None)
-    allowed = affinity(0) if affinity else range(os.cpu_count() or 1)
-    return name, tuple(sorted(allowed)), torch.get_num_threads()
 
 
 def join() -> torch.device:

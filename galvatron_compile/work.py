@@ -144,10 +144,13 @@ class SendWork:
 
 @dataclass(frozen=True, slots=True)
 class Cores:
-    """A set of cores (groups with one ``pool`` number share it), and the group's threads on it."""
+    """A set of cores (groups with one ``pool`` number share it), and the group's threads on it.
+
+    num_cores: not a whole number where a quota allows so many cores' worth of time.
+    """
 
     pool: int
-    num_cores: int
+    num_cores: float
     num_threads: int
 
     def __post_init__(self) -> None:

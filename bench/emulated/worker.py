@@ -211,7 +211,7 @@ def _brief(predicted: Any) -> dict[str, Any]:
 
 def stay_on_node() -> None:
     """Node k of n has every n-th core, so that a stage that waits does not speed up the next one,
-    which is on another node. Where a node has more ranks than cores, they share them."""
+    which is on another node."""
     node, num_nodes = int(os.environ["GROUP_RANK"]), int(os.environ["GROUP_WORLD_SIZE"])
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < num_nodes:

@@ -34,6 +34,13 @@ def emulate(
     pin: Annotated[
         bool, typer.Option("--pin", help="Keep rank i on core i mod the number of cores.")
     ] = False,
+    cpus_per_rank: Annotated[
+        float | None,
+        typer.Option(
+            help="Cores' worth of time for every rank, also while others are idle: 0.5. "
+            "Default: no limit."
+        ),
+    ] = None,
     timeout: Annotated[
         float | None, typer.Option(help="Seconds after which the run is stopped as failed.")
     ] = None,
@@ -50,7 +57,9 @@ def emulate(
 
         if not command[0].startswith("-") and not Path(command[0]).is_file():
             raise EmulationError(f"there is no script {command[0]}; give a Python file")
-        settings = emulation.EmulatedCluster(nodes, ranks_per_node, parse_rate(rate), pin)
+        settings = emulation.EmulatedCluster(
+            nodes, ranks_per_node, parse_rate(rate), pin, cpus_per_rank
+        )
         with emulation.emulated_cluster(settings) as cluster:
             try:
                 cluster.run(command, timeout_s=timeout, on_line=show)

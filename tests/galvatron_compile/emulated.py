@@ -13,15 +13,32 @@ from pathlib import Path
 
 import pytest
 
+from galvatron_compile.control_groups import ControlGroup
 from galvatron_compile.emulation import (
     EmulatedCluster,
+    EmulationError,
     RunningCluster,
     emulated_cluster,
     why_not,
 )
+from galvatron_compile.emulation_cores import rank_groups, remove
+
+
+def why_no_quotas() -> str | None:
+    """Why ranks cannot be given a part of a core here, or None where they can."""
+    if REASON is not None:
+        return REASON
+    try:
+        remove(rank_groups(1, 0.1))
+    except EmulationError as error:
+        return str(error)
+    return None
+
 
 REASON = why_not()
 needed = pytest.mark.skipif(REASON is not None, reason=f"cannot emulate a cluster: {REASON}")
+WHY_NO_QUOTAS = why_no_quotas()
+quotas_needed = pytest.mark.skipif(WHY_NO_QUOTAS is not None, reason=f"no quotas: {WHY_NO_QUOTAS}")
 TIMEOUT_S = 120.0
 
 # Every rank starts a process in a session of its own, says who they are, and then does argv[1].
@@ -47,22 +64,30 @@ def emulated(
     ranks_per_node: int = 1,
     rate_bits_per_s: float | None = None,
     pin: bool = False,
+    cpus_per_rank: float | None = None,
 ) -> Iterator[RunningCluster]:
     """A cluster of which nothing may be left when the context ends."""
-    settings = EmulatedCluster(num_nodes, ranks_per_node, rate_bits_per_s, pin)
+    settings = EmulatedCluster(num_nodes, ranks_per_node, rate_bits_per_s, pin, cpus_per_rank)
     with nothing_left(), emulated_cluster(settings) as cluster:
         yield cluster
 
 
 @contextmanager
 def nothing_left() -> Iterator[None]:
-    """No process, no namespace and no interface outlives the context."""
-    before = _children(), _shown_by_ip()
+    """No process, no namespace, no interface and no control group outlives the context."""
+    before = _children(), _shown_by_ip(), groups_left()
     try:
         yield
     finally:
-        assert (_children(), _shown_by_ip()) == before
+        assert (_children(), _shown_by_ip(), groups_left()) == before
         assert namespaces_held() == []
+
+
+def groups_left() -> set[Path]:
+    """Control groups of ranks that exist."""
+    own = ControlGroup.own()
+    parent = own.parent_of_new() if own is not None else None
+    return set(parent.glob("galvatron-*")) if parent is not None else set()
 
 
 def namespaces_held() -> list[str]:

@@ -14,12 +14,16 @@ import pytest
 from emulated import (
     FAMILY,
     TIMEOUT_S,
+    WHY_NO_QUOTAS,
     alive,
     emulated,
+    groups_left,
     namespaces_of_the_machine,
     needed,
     nothing_left,
 )
+
+from galvatron_compile.emulation_cores import remove
 
 pytestmark = needed
 
@@ -33,7 +37,7 @@ def on_line(rank, stream, line):
     pids.extend(line.split())
     if len(pids) == 4:
         print(*pids, cluster._guard.pid, flush=True)
-with emulated_cluster(EmulatedCluster()) as cluster:
+with emulated_cluster(EmulatedCluster(cpus_per_rank=float(sys.argv[2]) or None)) as cluster:
     cluster.run(["-c", sys.argv[1], "time.sleep(1000)"], on_line=on_line)
 """
 
@@ -43,7 +47,7 @@ def launched() -> Iterator[tuple[subprocess.Popen[str], list[str]]]:
     """A launcher and those ids. A test that fails leaves no more behind than one that passes."""
     pids: list[str] = []
     launcher = subprocess.Popen(
-        [sys.executable, "-c", LAUNCHER, FAMILY],
+        [sys.executable, "-c", LAUNCHER, FAMILY, "0" if WHY_NO_QUOTAS else "0.5"],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
@@ -76,16 +80,18 @@ def test_nothing_survives_a_killed_launcher(number: signal.Signals) -> None:
         assert len(nodes) == 2
         launcher.send_signal(number)
         launcher.wait(timeout=TIMEOUT_S)
-        wait_for_the_end_of(pids)
+        wait_for_the_end_of(pids)  # the guard's too, which removes the control groups
         assert not nodes & namespaces_of_the_machine()
     with emulated(num_nodes=2) as cluster:
         cluster.run(["-c", "pass"], timeout_s=TIMEOUT_S)
 
 
 def test_ranks_end_with_a_launcher_whose_guard_was_killed() -> None:
-    """Not so what the ranks have started: that is the guard's to end."""
+    """Not so what the ranks have started, and their control groups: those are the guard's."""
+    before = groups_left()
     with launched() as (launcher, pids):
         os.kill(int(pids[4]), signal.SIGKILL)
         launcher.kill()
         launcher.wait(timeout=TIMEOUT_S)
         wait_for_the_end_of(pids[:4:2])
+    remove(sorted(groups_left() - before))

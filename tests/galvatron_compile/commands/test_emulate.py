@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
-from emulated import needed, nothing_left
+from emulated import needed, nothing_left, quotas_needed
 from typer.testing import CliRunner
 
 from galvatron_compile import emulation
@@ -44,6 +44,19 @@ def test_a_script_runs_on_every_rank_with_its_own_options(
     assert result.exit_code == 0, result.output
     expected = [f"[{rank}] --nodes 9 of 4 on node {rank // 2}" for rank in range(4)]
     assert sorted(result.output.splitlines()) == expected
+
+
+@quotas_needed
+def test_ranks_have_a_part_of_a_core(tmp_path: Path) -> None:
+    path = tmp_path / "script.py"
+    path.write_text(
+        "from galvatron_compile.control_groups import ControlGroup; "
+        "print(ControlGroup.own().quota().cpus)"
+    )
+    with nothing_left():
+        result = run("--nodes", "2", "--cpus-per-rank", "0.5", str(path))
+    assert result.exit_code == 0, result.output
+    assert sorted(result.output.splitlines()) == ["[0] 0.5", "[1] 0.5"]
 
 
 @needed
