@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from emulated.plans import BATCH_SIZE, BLOCKS, LENGTH, TOPOLOGIES, VOCABULARY, WIDTH, Topology
+from emulated.plans import BATCH_SIZE, BLOCKS, LENGTH, TOPOLOGIES, VOCABULARY, Topology
 from emulated.summary import describe, row, summarise, table
 from rich.console import Console
 
@@ -99,8 +99,8 @@ def save(key: str, runs: list[dict[str, Any]], options: argparse.Namespace) -> P
         "options": vars(options),
         "topology": asdict(TOPOLOGIES[key]),
         "model": {
-            "kind": "Llama", "blocks": BLOCKS, "width": WIDTH, "vocabulary": VOCABULARY,
-            "length": LENGTH, "batch_size": BATCH_SIZE, "dtype": "float32",
+            "kind": "Llama", "blocks": BLOCKS, "vocabulary": VOCABULARY, "length": LENGTH,
+            "batch_size": BATCH_SIZE, "dtype": "float32",
         },
         "links": runs,
     }  # fmt: skip

@@ -65,8 +65,8 @@ class EmulatedCluster:
         rate_bits_per_s: of each node's link, in each direction at once; None: no limit.
         pin: rank i runs on core i mod cores only, so that nodes share the cores evenly.
         cpus_per_rank: so many cores' worth of time for every rank, such as 0.5, and no more, even
-            where others are idle; None: no limit. Ranks that share cores then are as devices are:
-            one that waits does not speed up another. What a rank leaves is computed away.
+            where others are idle; None: no limit. Ranks that share cores are then nearly as devices
+            are: one that waits for more than some milliseconds does not speed up another.
     """
 
     num_nodes: int = 2
@@ -193,7 +193,6 @@ class RunningCluster:
         self, arguments: Sequence[str], environment: Mapping[str, str]
     ) -> list[RankCommand]:
         cores = sorted(os.sched_getaffinity(0))
-        num_fillers = math.ceil(self.settings.cpus_per_rank or 0)
         commands = []
         for rank in range(self.settings.world_size):
             node, local_rank = divmod(rank, self.settings.ranks_per_node)
@@ -203,7 +202,6 @@ class RunningCluster:
                     namespace_fd=self._network.namespace_fds[node],
                     cores=(cores[rank % len(cores)],) if self.settings.pin else (),
                     group=str(self._groups[rank]) if self._groups else "",
-                    num_fillers=num_fillers,
                     command=(sys.executable, *arguments),
                     environment={**os.environ, **self._variables(rank, local_rank), **environment},
                 )

@@ -1,17 +1,14 @@
-"""What an emulated cluster starts besides its ranks: the way into a node, fillers, and the guard.
+"""What an emulated cluster starts besides its ranks: the way into a node, and the guard.
 
 Run as a script, with nothing but the standard library (start-up is paid by every rank)::
 
     python -I -S emulation_child.py enter PARENT NAMESPACE_FD CORES GROUP COMMAND…
-    python -I -S emulation_child.py fill PARENT NAMESPACE_FD RANK GROUP
     python -I -S emulation_child.py guard NAMESPACE_FDS [GROUP…]
 
-``enter`` turns this process into a rank. ``fill`` uses up what a rank leaves of its part of the
-cores, so that it speeds up nobody else while it waits. ``guard`` outlives the launcher: when its
-standard input closes, because the launcher closed it or died of whatever cause, it ends every
-process that is left in the nodes, and removes the ranks' control groups. A process cannot hide from
-it in another session or process group, because what is looked up is the network namespace that a
-process is in.
+``enter`` turns this process into a rank. ``guard`` outlives the launcher: when its standard input
+closes, because the launcher closed it or died of whatever cause, it ends every process that is left
+in the nodes, and removes the ranks' control groups. A process cannot hide from it in another
+session or process group, because what is looked up is the network namespace that a process is in.
 """
 
 from __future__ import annotations
@@ -48,35 +45,6 @@ def enter(
     """
     import resource  # not on Windows, where the command line still has to start
 
-    _join(parent, namespace_fd, group)
-    if cores:
-        os.sched_setaffinity(0, cores)
-    # A rank that hangs is aborted for its stacks: no core files.
-    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
-    os.execvp(command[0], command)
-
-
-def fill(parent: int, namespace_fd: int, rank: int, group: str) -> None:
-    """Compute for nothing wherever a rank may, at the lowest priority in its control group.
-
-    Groups get the same time as long as all have something to do. With a quota alone, a rank that
-    waited would have its time later within the period, and others its core meanwhile: bursts of 10
-    ms on half a core took 14 instead of 20 (20 so; Linux 6.18, 2026-11-30).
-    """
-    _join(parent, namespace_fd, group)
-    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-    while True:
-        try:
-            cores = os.sched_getaffinity(rank)
-        except ProcessLookupError:  # it has ended
-            return
-        os.sched_setaffinity(0, cores)
-        for _ in range(1_000_000):
-            pass
-
-
-def _join(parent: int, namespace_fd: int, group: str) -> None:
-    """Be in a namespace and in a control group, and end when the launcher ends."""
     libc("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before the request above was made
         os._exit(1)
@@ -85,6 +53,11 @@ def _join(parent: int, namespace_fd: int, group: str) -> None:
     if group:
         with open(os.path.join(group, "cgroup.procs"), "w") as processes:
             processes.write("0")  # whoever writes it
+    if cores:
+        os.sched_setaffinity(0, cores)
+    # A rank that hangs is aborted for its stacks: no core files.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    os.execvp(command[0], command)
 
 
 def guard(namespace_fds: Sequence[int], groups: Sequence[str]) -> None:
@@ -155,12 +128,8 @@ def _numbers(text: str) -> list[int]:
 
 
 if __name__ == "__main__":
-    what, *arguments = sys.argv[1:]
-    if what == "guard":
-        guard(_numbers(arguments[0]), arguments[1:])
-    elif what == "fill":
-        launcher, node, rank, share = arguments
-        fill(int(launcher), int(node), int(rank), share)
+    if sys.argv[1] == "guard":
+        guard(_numbers(sys.argv[2]), sys.argv[3:])
     else:
-        launcher, node, pinned, share, *command = arguments
-        enter(int(launcher), int(node), _numbers(pinned), share, command)
+        launcher, node, pinned, share, *rank = sys.argv[2:]
+        enter(int(launcher), int(node), _numbers(pinned), share, rank)

@@ -28,14 +28,12 @@ SetRate = Callable[[float | None], None]
 @dataclass(frozen=True)
 class RankCommand:
     """How one rank is started: its node's namespace, its cores (none: all), the folder of its
-    control group ("": the launcher's), how many processes use up what it leaves of its part of the
-    cores, and its environment."""
+    control group ("": the launcher's) and its environment."""
 
     node: int
     namespace_fd: int
     cores: tuple[int, ...]
     group: str
-    num_fillers: int
     command: tuple[str, ...]
     environment: Mapping[str, str]
 
@@ -56,11 +54,10 @@ class _Rank:
         self.rank, self.node = rank, how.node
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         cores = ",".join(map(str, how.cores))
-        start = [sys.executable, "-I", "-S", emulation_child.__file__]
-        place = [str(os.getpid()), str(how.namespace_fd)]
+        command = [sys.executable, "-I", "-S", emulation_child.__file__, "enter", str(os.getpid())]
         with theirs:
             self.process = subprocess.Popen(
-                [*start, "enter", *place, cores, how.group, *how.command],
+                [*command, str(how.namespace_fd), cores, how.group, *how.command],
                 env={**how.environment, CONTROL: str(theirs.fileno())},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
@@ -68,16 +65,6 @@ class _Rank:
                 pass_fds=[theirs.fileno(), how.namespace_fd],
                 start_new_session=True,  # Ctrl-C is the launcher's to handle
             )
-        self.fillers = [
-            subprocess.Popen(
-                [*start, "fill", *place, str(self.process.pid), how.group],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                pass_fds=[how.namespace_fd],
-                start_new_session=True,
-            )
-            for _ in range(how.num_fillers)
-        ]
         assert self.process.stdout is not None and self.process.stderr is not None
         self.streams = {"stdout": self.process.stdout, "stderr": self.process.stderr}
         self.text = {name: bytearray() for name in self.streams}
@@ -107,9 +94,8 @@ class _Rank:
 
     def close(self) -> None:
         """End the process and forget it."""
-        for process in (self.process, *self.fillers):
-            process.kill()
-            process.wait()
+        self.process.kill()
+        self.process.wait()
         os.close(self.exit_fd)
         self.control.close()
         for stream in self.streams.values():

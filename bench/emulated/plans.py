@@ -8,18 +8,18 @@ import torch
 from torch import nn
 
 VOCABULARY, LENGTH, BATCH_SIZE = 4096, 64, 16
-WIDTH, BLOCKS, HEADS = 256, 4, 4
+BLOCKS, HEADS = 4, 4
 
 
-def model() -> nn.Module:
-    """A Llama of 4 blocks whose embedding and head hold a third of the parameters."""
+def model(width: int) -> nn.Module:
+    """A Llama of 4 blocks whose embedding and head hold a third of the parameters or more."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=704,
+        hidden_size=width,
+        intermediate_size=width * 11 // 4,
         num_hidden_layers=BLOCKS,
         num_attention_heads=HEADS,
         num_key_value_heads=HEADS,
@@ -38,8 +38,10 @@ def batch() -> dict[str, torch.Tensor]:
 
 @dataclass(frozen=True)
 class Topology:
-    """An emulated cluster, the speeds of its links, and the plans that run on it.
+    """An emulated cluster, the speeds of its links, the model, and the plans that run on it.
 
+    width: of the model; larger where ranks have half a core each, so that what they compute between
+        two messages is long beside the periods in which they get their time.
     pure: kind of parallelism -> the plans that use nothing else (the best of them counts).
     plans: more plans, with a few words on what each adds.
     """
@@ -47,6 +49,7 @@ class Topology:
     name: str
     ranks_per_node: int
     rates_bits_per_s: tuple[float, ...]
+    width: int
     pure: dict[str, tuple[str, ...]]
     plans: tuple[str, ...]
 
@@ -65,6 +68,7 @@ TOPOLOGIES = {
         "2 nodes x 1 rank",
         1,
         (1.2e9, 4e8),
+        256,
         {
             "data": ("dp2",),
             "FSDP": ("dp2.zero3",),
@@ -94,6 +98,7 @@ TOPOLOGIES = {
         "2 nodes x 2 ranks",
         2,
         (2e9, 4e8),
+        384,
         {
             "data": ("dp4",),
             "FSDP": ("dp4.zero3",),

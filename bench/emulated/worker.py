@@ -51,14 +51,14 @@ STEPS_A_TURN = 3
 class Compiler:
     """``gc.compile`` of one model for many plans and profiles, which captures it once."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         self.job = Job.current(torch.nn.Module())
         self.precision, self.traced = Precision.parse(None), Traced()
         # One set for all plans: with a set for each, seventy threads of gloo on every rank looked
         # a hundred times a second whether something had come.
         self.groups: Groups = {}
         example = {key: value[:2] for key, value in batch().items()}
-        self.layered = understand(model(), example, None, self.precision)
+        self.layered = understand(model(width), example, None, self.precision)
 
     def setting(self, cluster: ClusterProfile) -> Setting:
         return Setting(self.job, cluster, self.precision, None, True, self.job.cores())
@@ -143,7 +143,7 @@ class Contender:
 class Bench:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.start = options, time.perf_counter()
-        self.compiler = Compiler()
+        self.compiler = Compiler(TOPOLOGIES[options.topology].width)
         self.contenders: dict[str, Contender] = {}
         self.say("captured")
 

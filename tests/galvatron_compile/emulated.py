@@ -29,7 +29,7 @@ def why_no_quotas() -> str | None:
     if REASON is not None:
         return REASON
     try:
-        remove(rank_groups(1, 0.1))
+        remove(rank_groups(1, 0.2))
     except EmulationError as error:
         return str(error)
     return None

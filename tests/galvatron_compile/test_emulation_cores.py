@@ -74,9 +74,9 @@ def test_without_its_guard_a_cluster_leaves_nothing_either() -> None:
     assert not groups_left()
 
 
-@pytest.mark.parametrize("cpus", [0.0, 0.005, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("cpus", [0.0, 0.1, -1.0, float("nan"), float("inf")])
 def test_a_part_that_no_rank_can_have_is_refused(cpus: float) -> None:
-    with pytest.raises(EmulationError, match=r"cores for a rank; choose 0\.01 or more"):
+    with pytest.raises(EmulationError, match=r"cores for a rank; choose 0\.125 or more"):
         EmulatedCluster(cpus_per_rank=cpus)
 
 
@@ -91,7 +91,7 @@ def test_more_than_the_cores_there_are_is_refused() -> None:
 def test_where_there_is_no_control_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ControlGroup, "own", lambda: None)
     with pytest.raises(EmulationError, match="no control group here controls CPU time; run on"):
-        rank_groups(1, 0.1)
+        rank_groups(1, 0.2)
 
 
 def test_what_was_made_before_a_refusal_is_removed(
@@ -109,7 +109,7 @@ def test_what_was_made_before_a_refusal_is_removed(
     monkeypatch.setattr(ControlGroup, "own", lambda: ControlGroup(1, tmp_path, tmp_path))
     monkeypatch.setattr(ControlGroup, "make", make)
     with pytest.raises(EmulationError, match=r"no permission .*not permitted.*run as root"):
-        rank_groups(2, 0.1)
+        rank_groups(2, 0.2)
     assert made and not made[0].exists()
 
 
