@@ -97,7 +97,7 @@ TOPOLOGIES = {
     "b": Topology(
         "2 nodes x 2 ranks",
         2,
-        (2e9, 4e8),
+        (1.2e9, 4e8),
         384,
         {
             "data": ("dp4",),
