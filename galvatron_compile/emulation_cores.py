@@ -11,6 +11,10 @@ from galvatron_compile.control_groups import PERIOD_US, ControlGroup
 from galvatron_compile.emulation_child import remove_group
 from galvatron_compile.emulation_network import EmulationError
 
+NO_CONTROL = (
+    "no control group here controls CPU time; run on the machine itself or in a virtual machine, "
+    "or without a limit on the ranks' cores"
+)
 LEAST_CPUS = 1_000 / PERIOD_US  # the kernel takes no quota of less than a millisecond
 
 
@@ -32,28 +36,28 @@ def rank_groups(num_ranks: int, cpus_per_rank: float | None) -> list[Path]:
     """
     if cpus_per_rank is None:
         return []
-    cores = len(os.sched_getaffinity(0))
+    own = ControlGroup.own()
+    if own is None:
+        raise EmulationError(NO_CONTROL)
+    quota = own.quota()
+    cores = min(len(os.sched_getaffinity(0)), quota.cpus if quota else math.inf)
     if num_ranks * cpus_per_rank > cores + 1e-9:
         raise EmulationError(
-            f"{num_ranks} ranks of {cpus_per_rank:g} cores each need more than the {cores} that "
+            f"{num_ranks} ranks of {cpus_per_rank:g} cores each need more than the {cores:g} that "
             f"are here; choose {cores / num_ranks:.3g} or less"
-        )
-    own = ControlGroup.own()
-    parent = own.parent_of_new() if own is not None else None
-    if own is None or parent is None:
-        raise EmulationError(
-            "no control group here controls CPU time; run on the machine itself or in a virtual "
-            "machine, or without a limit on the ranks' cores"
         )
     groups: list[Path] = []
     try:
+        parent = own.parent_of_new()
+        if parent is None:
+            raise EmulationError(NO_CONTROL)
         for _ in range(num_ranks):
             groups.append(own.make(parent, cpus_per_rank))
     except OSError as error:
         remove(groups)
         raise EmulationError(
-            f"no permission to limit the ranks' cores ({error}); run as root, in a container with "
-            "docker run --privileged, or without a limit"
+            f"this system does not let the ranks' cores be limited ({error}); run as root, in a "
+            "container with docker run --privileged, or without a limit"
         ) from error
     return groups
 

@@ -80,7 +80,10 @@ def test_a_part_that_no_rank_can_have_is_refused(cpus: float) -> None:
         EmulatedCluster(cpus_per_rank=cpus)
 
 
-def test_more_than_the_cores_there_are_is_refused() -> None:
+def test_more_than_the_cores_there_are_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(ControlGroup, "own", lambda: ControlGroup(1, tmp_path, tmp_path))
     cores = len(os.sched_getaffinity(0))
     message = rf"need more than the {cores} that are here; choose {cores / 8:.3g} or less"
     with pytest.raises(EmulationError, match=message):
@@ -88,10 +91,23 @@ def test_more_than_the_cores_there_are_is_refused() -> None:
     assert rank_groups(8, None) == []
 
 
-def test_where_there_is_no_control_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ControlGroup, "own", lambda: None)
-    with pytest.raises(EmulationError, match="no control group here controls CPU time; run on"):
-        rank_groups(1, 0.2)
+def test_where_there_is_no_control_it_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "cgroup.subtree_control").write_text("memory\n")
+    for own in (None, ControlGroup(2, tmp_path, tmp_path)):
+        monkeypatch.setattr(ControlGroup, "own", lambda own=own: own)
+        with pytest.raises(EmulationError, match="no control group here controls CPU time; run on"):
+            rank_groups(1, 0.2)
+
+
+def test_a_container_has_no_more_than_its_quota(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "cpu.max").write_text("50000 100000\n")
+    monkeypatch.setattr(ControlGroup, "own", lambda: ControlGroup(2, tmp_path, tmp_path))
+    with pytest.raises(EmulationError, match=r"more than the 0\.5 that are here; choose 0\.25 or"):
+        rank_groups(2, 0.3)
 
 
 def test_what_was_made_before_a_refusal_is_removed(
@@ -108,7 +124,7 @@ def test_what_was_made_before_a_refusal_is_removed(
 
     monkeypatch.setattr(ControlGroup, "own", lambda: ControlGroup(1, tmp_path, tmp_path))
     monkeypatch.setattr(ControlGroup, "make", make)
-    with pytest.raises(EmulationError, match=r"no permission .*not permitted.*run as root"):
+    with pytest.raises(EmulationError, match=r"be limited \(.*not permitted.*run as root"):
         rank_groups(2, 0.2)
     assert made and not made[0].exists()
 
