@@ -108,6 +108,23 @@ def _groups_that_overlap() -> list[int]:
     return sorted(set(seen))
 
 
+def _sums_beside_computation() -> list[tuple[int, int]]:
+    """How many calls and sums ran together, each time."""
+    from unittest.mock import patch
+
+    from galvatron_compile import profiling_collectives
+
+    seen, together = [], profiling_collectives._together
+
+    def noted(watch: Any, compute: Any, calls: int, tensors: Any, group: Any) -> Any:
+        seen.append((calls, len(tensors)))
+        return together(watch, compute, calls, tensors, group)
+
+    with patch.object(profiling_collectives, "_together", noted):
+        _measure_and_count_groups(2)
+    return sorted(set(seen))
+
+
 def _groups_of_pairs() -> list[float]:
     """Rank 0 is in a group more than rank 1."""
     import torch.distributed as dist
@@ -135,6 +152,15 @@ def test_groups_may_be_made_again_by_ranks_with_unequally_many(
 
 def test_overlap_within_a_node_is_that_of_its_group(ranks: Callable[[int], Any]) -> None:
     assert ranks(4).run(_groups_that_overlap) == [[2, 4]] * 4
+
+
+def test_overlap_is_that_of_sums_in_a_row(ranks: Callable[[int], Any]) -> None:
+    """A lone sum shows how late it starts beside computation, not how slow it is."""
+    found = ranks(2).run(_sums_beside_computation)
+    assert found[0] == found[1], "ranks that differ would wait for each other"
+    assert all(sums == 0 or sums >= 3 for _, sums in found[0])
+    longest = max(sums for _, sums in found[0])
+    assert any(calls and sums == longest for calls, sums in found[0])
 
 
 def test_groups_are_neighbours_in_a_node_and_strided_across_nodes() -> None:
