@@ -98,6 +98,7 @@ def save(key: str, runs: list[dict[str, Any]], options: argparse.Namespace) -> P
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "options": vars(options),
         "topology": asdict(TOPOLOGIES[key]),
+        "cpus_per_rank": part_of_a_core(TOPOLOGIES[key].ranks_per_node),
         "model": {
             "kind": "Llama", "blocks": BLOCKS, "vocabulary": VOCABULARY, "length": LENGTH,
             "batch_size": BATCH_SIZE, "dtype": "float32",

@@ -9,7 +9,6 @@ first in ``cpu.cfs_quota_us`` and ``cpu.cfs_period_us``, the second in ``cpu.max
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,15 +59,14 @@ class ControlGroup:
                 return ControlGroup(version, top / below, top)
         return None
 
-    def quota(self) -> Quota | None:
-        """The tightest limit of this group and those above it; None: no limit."""
-        found = [
+    def quotas(self) -> tuple[Quota, ...]:
+        """The limits of this group and of those above it, which it shares with others."""
+        return tuple(
             Quota((state.st_dev, state.st_ino), cpus)
             for folder in self._upwards()
             if (cpus := self._cpus(folder)) is not None
             for state in [folder.stat()]
-        ]
-        return min(found, key=lambda quota: quota.cpus, default=None)
+        )
 
     def parent_of_new(self) -> Path | None:
         """The nearest folder in which a new group would control CPU time; None: there is none."""
@@ -79,24 +77,19 @@ class ControlGroup:
                 return folder
         return None
 
-    def make(self, parent: Path, cpus: float) -> Path:
-        """A new group in ``parent`` whose processes together get ``cpus`` cores' worth of time.
+    def make(self, folder: Path, cpus: float) -> None:
+        """A new group whose processes together get ``cpus`` cores' worth of time.
 
         Raises:
-            OSError: the system does not permit it.
+            OSError: the system does not permit it; the group may be there, without a limit.
         """
-        folder = Path(tempfile.mkdtemp(prefix="galvatron-", dir=parent))
+        folder.mkdir()
         quota_us = round(cpus * PERIOD_US)
-        try:
-            if self.version == 1:
-                (folder / "cpu.cfs_period_us").write_text(str(PERIOD_US))
-                (folder / "cpu.cfs_quota_us").write_text(str(quota_us))
-            else:
-                (folder / "cpu.max").write_text(f"{quota_us} {PERIOD_US}")
-        except BaseException:
-            folder.rmdir()
-            raise
-        return folder
+        if self.version == 1:
+            (folder / "cpu.cfs_period_us").write_text(str(PERIOD_US))
+            (folder / "cpu.cfs_quota_us").write_text(str(quota_us))
+        else:
+            (folder / "cpu.max").write_text(f"{quota_us} {PERIOD_US}")
 
     def _upwards(self) -> Iterator[Path]:
         folder = self.folder
@@ -119,7 +112,7 @@ class ControlGroup:
 def _mount(mountinfo: Path, version: int) -> tuple[Path, Path] | None:
     """Which part of the tree of groups is mounted, and where."""
     for line in mountinfo.read_text().splitlines():
-        before, after = line.split(" - ")
+        before, after = line.split(" - ", 1)
         kind, _, options = after.split(" ", 2)
         if version == 1 and kind == "cgroup" and "cpu" in options.split(","):
             break

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from galvatron_compile import emulation_child
-from galvatron_compile.emulation_cores import check_cpus, rank_groups, remove
+from galvatron_compile.emulation_cores import RankGroups, check_cpus, remove
 from galvatron_compile.emulation_network import (
     INTERFACE,
     MAX_NODES,
@@ -123,15 +123,20 @@ class RunningCluster:
         self.settings = settings
         self._num_runs = 0
         self._running = threading.Lock()
-        self._groups: list[Path] = []
+        groups = _groups(settings)
+        self._groups = groups.folders if groups is not None else []
         self._network = Network(settings.num_nodes)
         try:
             self.set_rate(settings.rate_bits_per_s)
-            self._groups = rank_groups(settings.world_size, settings.cpus_per_rank)
             self._guard = _start_guard(self._network.namespace_fds, self._groups)
         except BaseException:
-            remove(self._groups)
             self._network.close()
+            raise
+        try:
+            if groups is not None:
+                groups.make()  # now that the guard is there to remove them
+        except BaseException:
+            self.close()
             raise
 
     def set_rate(self, rate_bits_per_s: float | None) -> None:
@@ -244,6 +249,12 @@ def set_link_rate(rate_bits_per_s: float | None) -> None:
         error = json.loads(control.recv(1 << 12))["error"]
     if error:
         raise EmulationError(error)
+
+
+def _groups(settings: EmulatedCluster) -> RankGroups | None:
+    if settings.cpus_per_rank is None:
+        return None
+    return RankGroups(settings.world_size, settings.cpus_per_rank, pinned=settings.pin)
 
 
 def _start_guard(namespace_fds: Sequence[int], groups: Sequence[Path]) -> subprocess.Popen[bytes]:

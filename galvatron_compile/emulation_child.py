@@ -14,6 +14,7 @@ session or process group, because what is looked up is the network namespace tha
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import signal
 import sys
@@ -70,26 +71,31 @@ def guard(namespace_fds: Sequence[int], groups: Sequence[str]) -> None:
     while os.read(0, 4096):
         pass
     end_processes(namespace_fds)
-    for group in groups:
-        remove_group(group)
+    remove_groups(groups)
 
 
-def remove_group(folder: str, patience_s: float = PATIENCE_S) -> None:
-    """A control group whose processes have ended; the kernel takes a moment to forget them.
+def remove_groups(folders: Sequence[str], patience_s: float = PATIENCE_S) -> list[OSError]:
+    """Control groups whose processes have ended; what went wrong with those that stay.
 
-    Raises:
-        OSError: processes stay in it, or it is not there.
+    The kernel takes a moment to forget the processes. Groups that are gone already are fine.
     """
     deadline = time.monotonic() + patience_s
-    while True:
-        try:
-            return os.rmdir(folder)
-        except FileNotFoundError:
-            raise
-        except OSError:
-            if time.monotonic() > deadline:
-                raise
-        time.sleep(0.002)
+    errors: list[OSError] = []
+    for folder in folders:
+        while True:
+            try:
+                os.rmdir(folder)
+            except FileNotFoundError:
+                break
+            except OSError as error:
+                waits = error.errno in (errno.EBUSY, errno.ENOTEMPTY)
+                if not waits or time.monotonic() > deadline:
+                    errors.append(error)
+                    break
+                time.sleep(0.002)
+            else:
+                break
+    return errors
 
 
 def end_processes(namespace_fds: Sequence[int], patience_s: float = PATIENCE_S) -> list[int]:
@@ -131,5 +137,5 @@ if __name__ == "__main__":
     if sys.argv[1] == "guard":
         guard(_numbers(sys.argv[2]), sys.argv[3:])
     else:
-        launcher, node, pinned, share, *rank = sys.argv[2:]
-        enter(int(launcher), int(node), _numbers(pinned), share, rank)
+        launcher, node, pinned, folder, *rank = sys.argv[2:]
+        enter(int(launcher), int(node), _numbers(pinned), folder, rank)

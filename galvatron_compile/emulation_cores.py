@@ -1,21 +1,30 @@
-"""A part of the cores for every rank of an emulated cluster, as if it were its own."""
+"""A part of the cores for every rank of an emulated cluster, as if it were its own.
+
+On version 2 of control groups the ranks' lie beside the launcher's and not in it, so that a limit
+of the launcher's own, as of a systemd service, does not hold for them.
+"""
 
 from __future__ import annotations
 
 import math
 import os
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
 from galvatron_compile.control_groups import PERIOD_US, ControlGroup
-from galvatron_compile.emulation_child import remove_group
+from galvatron_compile.emulation_child import remove_groups
 from galvatron_compile.emulation_network import EmulationError
 
-NO_CONTROL = (
-    "no control group here controls CPU time; run on the machine itself or in a virtual machine, "
-    "or without a limit on the ranks' cores"
-)
 LEAST_CPUS = 1_000 / PERIOD_US  # the kernel takes no quota of less than a millisecond
+NO_CONTROL = (
+    "no control group here controls CPU time (with version 2 the topmost group has to hand it on: "
+    "echo +cpu > /sys/fs/cgroup/cgroup.subtree_control); or run without a limit on the ranks' cores"
+)
+REFUSED = (
+    "this system does not let the ranks' cores be limited ({}); run as root, in a container with "
+    "docker run --privileged, or without a limit"
+)
 
 
 def check_cpus(cpus_per_rank: float | None) -> None:
@@ -28,50 +37,54 @@ def check_cpus(cpus_per_rank: float | None) -> None:
         )
 
 
-def rank_groups(num_ranks: int, cpus_per_rank: float | None) -> list[Path]:
-    """A control group for every rank; none without a limit. Who ends the ranks removes them.
+class RankGroups:
+    """Names for the control groups of all ranks. Known before there are any, so that the guard
+    can remove them whatever happens; :meth:`make` makes them."""
 
-    Raises:
-        EmulationError: there are not so many cores, or the system does not permit it.
-    """
-    if cpus_per_rank is None:
-        return []
-    own = ControlGroup.own()
-    if own is None:
-        raise EmulationError(NO_CONTROL)
-    quota = own.quota()
-    cores = min(len(os.sched_getaffinity(0)), quota.cpus if quota else math.inf)
-    if num_ranks * cpus_per_rank > cores + 1e-9:
-        raise EmulationError(
-            f"{num_ranks} ranks of {cpus_per_rank:g} cores each need more than the {cores:g} that "
-            f"are here; choose {cores / num_ranks:.3g} or less"
-        )
-    groups: list[Path] = []
-    try:
-        parent = own.parent_of_new()
-        if parent is None:
-            raise EmulationError(NO_CONTROL)
-        for _ in range(num_ranks):
-            groups.append(own.make(parent, cpus_per_rank))
-    except OSError as error:
-        remove(groups)
-        raise EmulationError(
-            f"this system does not let the ranks' cores be limited ({error}); run as root, in a "
-            "container with docker run --privileged, or without a limit"
-        ) from error
-    return groups
-
-
-def remove(groups: Sequence[Path]) -> None:
-    """Those that are still there; their processes have ended.
-
-    Raises:
-        EmulationError: one cannot be removed.
-    """
-    for group in groups:
+    def __init__(self, num_ranks: int, cpus_per_rank: float, *, pinned: bool) -> None:
+        """EmulationError: there are not so many cores, or nothing controls CPU time here."""
+        self.cpus_per_rank = cpus_per_rank
         try:
-            remove_group(str(group))
-        except FileNotFoundError:
-            continue  # the guard was here
+            own = ControlGroup.own()
+            parent = own.parent_of_new() if own is not None else None
+            quotas = own.quotas() if own is not None else ()
         except OSError as error:
-            raise EmulationError(f"a control group is left behind: {error}; rmdir it") from error
+            raise EmulationError(REFUSED.format(error)) from error
+        if own is None or parent is None:
+            raise EmulationError(NO_CONTROL)
+        num_cores = len(os.sched_getaffinity(0))
+        most = min([num_cores, *(quota.cpus for quota in quotas)]) / num_ranks
+        if pinned:
+            most = min(most, 1 / math.ceil(num_ranks / num_cores))
+        if cpus_per_rank > most + 1e-9:
+            raise EmulationError(_too_many(num_ranks, cpus_per_rank, most))
+        self.own = own
+        name = f"galvatron-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self.folders = [parent / f"{name}-{rank}" for rank in range(num_ranks)]
+
+    def make(self) -> None:
+        """EmulationError: the system does not permit it."""
+        try:
+            for folder in self.folders:
+                self.own.make(folder, self.cpus_per_rank)
+        except OSError as error:
+            raise EmulationError(REFUSED.format(error)) from error
+
+
+def remove(folders: Sequence[Path]) -> None:
+    """Groups in which no process is left.
+
+    Raises:
+        EmulationError: some cannot be removed.
+    """
+    errors = remove_groups([str(folder) for folder in folders])
+    if errors:
+        left = "; ".join(map(str, errors))
+        raise EmulationError(f"control groups are left behind: {left}; rmdir them")
+
+
+def _too_many(num_ranks: int, cpus_per_rank: float, most: float) -> str:
+    what = f"{num_ranks} ranks of {cpus_per_rank:g} cores each are more than there is here"
+    if most < LEAST_CPUS:
+        return f"{what}, and so are {num_ranks} of {LEAST_CPUS:g}; take fewer ranks, or no limit"
+    return f"{what}; choose {math.floor(most * 1000) / 1000:g} or less, or no limit"

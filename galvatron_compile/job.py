@@ -83,7 +83,7 @@ class Job:
         """Of every rank the cores it uses; () on GPUs and where none has to share. Collective."""
         if self.device.type != "cpu" or self.world_size == 1:
             return ()
-        return shared_cores(self.gather(Seat.own()))
+        return shared_cores(self.everyone(Seat.own))
 
     def _check_same(self, texts: list[str | None]) -> None:
         for rank, text in enumerate(texts):

@@ -147,12 +147,12 @@ def measure_overlap(
 
     All-reduces over ``group`` (all ranks; every rank calls with its own) run beside ``compute``
     (one call takes ``compute_ms``): as long as it, then three times as long to see what computation
-    suffers, then a third as long. There are three or more, one behind the other as gradients are
+    suffers, then a third as long. There are three at least, one behind the other as gradients are
     summed: a lone one would show how late it starts beside computation, not how slow it is.
     """
-    tensors = [torch.zeros(payload_bytes // _ITEM_BYTES, device=watch.device) for _ in range(12)]
+    tensors = [torch.zeros(payload_bytes // _ITEM_BYTES, device=watch.device) for _ in range(9)]
     reduce_ms = watch.ms(lambda: dist.all_reduce(tensors[0], group=group))
-    reduces = 4 if compute_ms > 4 * reduce_ms else 3
+    reduces = 3
     calls = max(1, round(reduces * reduce_ms / compute_ms))
 
     def run(times: tuple[int, int]) -> tuple[float, float, float]:
@@ -161,7 +161,8 @@ def measure_overlap(
     # In turns, and the least of each: what else the machine does must not hit one of them only.
     mixes = ((1, 0), (0, 1), (1, 1), (1, 3), (3, 1))
     run((1, 1))  # warms up threads and streams
-    num_rounds = 5 if reduce_ms < 100 else 3  # on slow links a round takes long and varies little
+    # On slow links a round takes long and varies little.
+    num_rounds = 1 if watch.late else 5 if reduce_ms < 100 else 3
     rounds = [[run(mix) for mix in mixes] for _ in range(num_rounds)]
     least = [[min(times) for times in zip(*mix, strict=True)] for mix in zip(*rounds, strict=True)]
     flat = watch.agree([time for mix in least for time in mix])

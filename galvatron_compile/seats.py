@@ -17,10 +17,13 @@ from galvatron_compile.work import Cores
 
 
 class Part(NamedTuple):
-    """What ranks may share: cores by their numbers, or the time that a quota allows."""
+    """What ranks may share: cores, or the time that the quota of a control group allows.
+
+    what: a description of it that no other part of the machine has.
+    """
 
     machine: str
-    cores_or_group: tuple[int, ...]
+    what: str
     num_cores: float
 
 
@@ -29,13 +32,14 @@ class Seat:
     """Where one rank computes.
 
     machine: ranks that see one kernel's boot id are on one, whatever their network says. allowed:
-    the cores that the rank may use. num_threads: of its computation. quota: of CPU time, if any.
+    the cores that the rank may use. num_threads: of its computation. quotas: of CPU time, of its
+    own control group first.
     """
 
     machine: str
     allowed: tuple[int, ...]
     num_threads: int
-    quota: Quota | None = None
+    quotas: tuple[Quota, ...] = ()
 
     @staticmethod
     def own() -> Seat:
@@ -45,23 +49,22 @@ class Seat:
         affinity = getattr(os, "sched_getaffinity", None)
         allowed = affinity(0) if affinity else range(os.cpu_count() or 1)
         group = ControlGroup.own()
-        quota = group.quota() if group is not None else None
-        return Seat(name, tuple(sorted(allowed)), torch.get_num_threads(), quota)
+        quotas = group.quotas() if group is not None else ()
+        return Seat(name, tuple(sorted(allowed)), torch.get_num_threads(), quotas)
 
     def parts(self) -> list[Part]:
-        """What limits this rank: its quota, if any, and its cores."""
-        cores = Part(self.machine, self.allowed, len(self.allowed))
-        if self.quota is None:
-            return [cores]
-        return [Part(self.machine, self.quota.group, self.quota.cpus), cores]
+        """What limits this rank: quotas, if any, and its cores."""
+        limits = [Part(self.machine, f"group {each.group}", each.cpus) for each in self.quotas]
+        return [*limits, Part(self.machine, f"cores {self.allowed}", len(self.allowed))]
 
 
 def shared_cores(seats: Sequence[Seat]) -> tuple[Cores, ...]:
     """Of every rank the cores it has a part in; () where every thread has a core of its own.
 
     Ranks that may use the same cores share them: who is idle leaves its part to the others. Ranks
-    in one control group share its quota; what they leave, nobody else gets. Of the two the tighter
-    one counts, and the quota if they are level.
+    in one control group share its quota; what they leave, nobody else gets. The tightest of these
+    counts for a rank, and quotas if they are level. (A rank with a tight quota of its own on a core
+    that others use is not counted among those who share it.)
     """
     threads = Counter[Part]()
     for seat in seats:

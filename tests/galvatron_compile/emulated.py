@@ -21,7 +21,7 @@ from galvatron_compile.emulation import (
     emulated_cluster,
     why_not,
 )
-from galvatron_compile.emulation_cores import rank_groups, remove
+from galvatron_compile.emulation_cores import RankGroups, remove
 
 
 def why_no_quotas() -> str | None:
@@ -29,7 +29,11 @@ def why_no_quotas() -> str | None:
     if REASON is not None:
         return REASON
     try:
-        remove(rank_groups(1, 0.2))
+        groups = RankGroups(2, 0.5, pinned=False)
+        try:
+            groups.make()
+        finally:
+            remove(groups.folders)
     except EmulationError as error:
         return str(error)
     return None
@@ -83,11 +87,12 @@ def nothing_left() -> Iterator[None]:
         assert namespaces_held() == []
 
 
-def groups_left() -> set[Path]:
-    """Control groups of ranks that exist."""
+def groups_left(launcher: int | None = None) -> set[Path]:
+    """Control groups of ranks that exist. launcher: who made them; default: this process."""
     own = ControlGroup.own()
     parent = own.parent_of_new() if own is not None else None
-    return set(parent.glob("galvatron-*")) if parent is not None else set()
+    pattern = f"galvatron-{launcher or os.getpid()}-*"
+    return set(parent.glob(pattern)) if parent is not None else set()
 
 
 def namespaces_held() -> list[str]:

@@ -81,6 +81,7 @@ def test_nothing_survives_a_killed_launcher(number: signal.Signals) -> None:
         launcher.send_signal(number)
         launcher.wait(timeout=TIMEOUT_S)
         wait_for_the_end_of(pids)  # the guard's too, which removes the control groups
+        assert not groups_left(launcher.pid)
         assert not nodes & namespaces_of_the_machine()
     with emulated(num_nodes=2) as cluster:
         cluster.run(["-c", "pass"], timeout_s=TIMEOUT_S)
@@ -88,10 +89,13 @@ def test_nothing_survives_a_killed_launcher(number: signal.Signals) -> None:
 
 def test_ranks_end_with_a_launcher_whose_guard_was_killed() -> None:
     """Not so what the ranks have started, and their control groups: those are the guard's."""
-    before = groups_left()
     with launched() as (launcher, pids):
         os.kill(int(pids[4]), signal.SIGKILL)
         launcher.kill()
         launcher.wait(timeout=TIMEOUT_S)
-        wait_for_the_end_of(pids[:4:2])
-    remove(sorted(groups_left() - before))
+        try:
+            wait_for_the_end_of(pids[:4:2])
+        finally:
+            for pid in alive(pids):
+                os.kill(int(pid), signal.SIGKILL)
+            remove(sorted(groups_left(launcher.pid)))

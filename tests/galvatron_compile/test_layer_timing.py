@@ -275,6 +275,11 @@ def test_ranks_that_share_cores_are_timed_by_their_work(monkeypatch: pytest.Monk
     assert timing.backward_ms == pytest.approx(6.0 * 3 / 2)
 
 
+def test_a_rank_with_half_a_core_is_timed_by_its_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    halves = (Cores(0, 0.5, 1), Cores(1, 0.5, 1), Cores(2, 0.5, 1))
+    assert timed_among(monkeypatch, halves, [1.0, 0.25]).forward_ms == pytest.approx(6.0)
+
+
 @pytest.mark.parametrize(
     "cores",
     [

@@ -266,6 +266,8 @@ def test_messages_are_held_from_where_room_is_made_to_where_they_are_taken() -> 
         (1, (Cores(0, 2, 2), Cores(0, 2, 2)), 6.0),
         (1, (Cores(0, 3, 2), Cores(0, 3, 2)), 9.0),  # but no thread more than a core of its own
         (1, (Cores(0, 1, 1), Cores(1, 1, 1)), 12.0),  # the other's core is out of reach
+        (1, (Cores(0, 0.5, 1), Cores(1, 0.5, 1)), 12.0),  # and so is the other's half of a core
+        (1, (Cores(0, 1.5, 1), Cores(0, 1.5, 1)), 9.0),  # a thread with a core of one and a half
         # Forward: 1 alone, then 2 both busy, then 1 alone; backward likewise, twice as long.
         (2, (Cores(0, 1, 1), Cores(0, 1, 1)), 12.0),
     ],

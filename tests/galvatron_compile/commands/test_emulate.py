@@ -51,7 +51,7 @@ def test_ranks_have_a_part_of_a_core(tmp_path: Path) -> None:
     path = tmp_path / "script.py"
     path.write_text(
         "from galvatron_compile.control_groups import ControlGroup; "
-        "print(ControlGroup.own().quota().cpus)"
+        "print(ControlGroup.own().quotas()[0].cpus)"
     )
     with nothing_left():
         result = run("--nodes", "2", "--cpus-per-rank", "0.5", str(path))
