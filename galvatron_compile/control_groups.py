@@ -8,7 +8,6 @@ first in ``cpu.cfs_quota_us`` and ``cpu.cfs_period_us``, the second in ``cpu.max
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,12 +60,8 @@ class ControlGroup:
 
     def quotas(self) -> tuple[Quota, ...]:
         """The limits of this group and of those above it, which it shares with others."""
-        return tuple(
-            Quota((state.st_dev, state.st_ino), cpus)
-            for folder in self._upwards()
-            if (cpus := self._cpus(folder)) is not None
-            for state in [folder.stat()]
-        )
+        found = map(self._quota, self._upwards())
+        return tuple(quota for quota in found if quota is not None)
 
     def parent_of_new(self) -> Path | None:
         """The nearest folder in which a new group would control CPU time; None: there is none."""
@@ -98,15 +93,15 @@ class ControlGroup:
             folder = folder.parent
         yield folder
 
-    def _cpus(self, folder: Path) -> float | None:
-        if self.version == 1:
-            names = folder / "cpu.cfs_quota_us", folder / "cpu.cfs_period_us"
-            quota, period = (name.read_text().strip() if name.exists() else "-1" for name in names)
-        else:  # the topmost group of a machine has no such file
-            limit = folder / "cpu.max"
-            quota, period = limit.read_text().split() if limit.exists() else ("max", "1")
-        cpus = math.inf if quota in ("-1", "max") else int(quota) / int(period)
-        return cpus if math.isfinite(cpus) else None
+    def _quota(self, folder: Path) -> Quota | None:
+        names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if self.version == 1 else ("cpu.max",)
+        if not (folder / names[0]).exists():  # the topmost group of a machine has no such file
+            return None
+        quota, period = " ".join((folder / name).read_text() for name in names).split()
+        if quota in ("-1", "max"):
+            return None
+        state = folder.stat()
+        return Quota((state.st_dev, state.st_ino), int(quota) / int(period))
 
 
 def _mount(mountinfo: Path, version: int) -> tuple[Path, Path] | None:

@@ -80,22 +80,22 @@ def remove_groups(folders: Sequence[str], patience_s: float = PATIENCE_S) -> lis
     The kernel takes a moment to forget the processes. Groups that are gone already are fine.
     """
     deadline = time.monotonic() + patience_s
-    errors: list[OSError] = []
-    for folder in folders:
-        while True:
-            try:
-                os.rmdir(folder)
-            except FileNotFoundError:
-                break
-            except OSError as error:
-                waits = error.errno in (errno.EBUSY, errno.ENOTEMPTY)
-                if not waits or time.monotonic() > deadline:
-                    errors.append(error)
-                    break
-                time.sleep(0.002)
-            else:
-                break
-    return errors
+    found = [_remove_group(folder, deadline) for folder in folders]
+    return [error for error in found if error is not None]
+
+
+def _remove_group(folder: str, deadline: float) -> OSError | None:
+    while True:
+        try:
+            os.rmdir(folder)
+            return None
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            waits = error.errno in (errno.EBUSY, errno.ENOTEMPTY)
+            if not waits or time.monotonic() > deadline:
+                return error
+        time.sleep(0.002)
 
 
 def end_processes(namespace_fds: Sequence[int], patience_s: float = PATIENCE_S) -> list[int]:

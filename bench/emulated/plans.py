@@ -12,7 +12,7 @@ BLOCKS, HEADS = 4, 4
 
 
 def model(width: int) -> nn.Module:
-    """A Llama of 4 blocks whose embedding and head hold a third of the parameters."""
+    """A Llama of 4 blocks whose embedding and head hold about a third of the parameters."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)

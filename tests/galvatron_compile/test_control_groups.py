@@ -11,11 +11,14 @@ from galvatron_compile.control_groups import PERIOD_US, ControlGroup
 
 OTHERS = (
     "24 30 0:22 / /proc rw,nosuid shared:5 - proc proc rw",
+    "25 30 0:23 / /odd rw - fuse.odd source rw,note=a - b",
     "33 31 0:30 / {there}/cpuacct rw,relatime - cgroup cgroup rw,cpuacct",
 )
 CGROUP = {1: "9:name=systemd:/\n2:cpuacct,cpu:{path}\n0::/elsewhere\n", 2: "0::{path}\n"}
 MOUNT = {
-    1: "32 31 0:29 {root} {there} rw,relatime shared:9 - cgroup cgroup rw,cpu,cpuacct",
+    # The second version is mounted beside the first, as on many machines, and controls no time.
+    1: "41 31 0:38 / {there}/unified rw - cgroup2 cgroup2 rw\n"
+    "32 31 0:29 {root} {there} rw,relatime shared:9 - cgroup cgroup rw,cpu,cpuacct",
     2: "41 31 0:38 {root} {there} rw,nosuid - cgroup2 cgroup2 rw,nsdelegate",
 }
 
