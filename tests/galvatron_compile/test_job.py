@@ -86,6 +86,31 @@ def crowd(apart: bool) -> Any:
         os.sched_setaffinity(0, before)
 
 
+def one_cannot_read() -> Any:
+    from unittest.mock import patch
+
+    from galvatron_compile.seats import Seat
+
+    job = Job.current(torch.nn.Linear(1, 1))
+    own = Seat.own
+
+    def read() -> Seat:
+        if job.rank == 1:
+            raise PermissionError("no control groups for you")
+        return own()
+
+    with patch.object(Seat, "own", read):
+        return job.cores()
+
+
+def test_a_rank_that_cannot_read_its_limits_tells_the_others(
+    ranks: Callable[[int], Any],
+) -> None:
+    errors = ranks(2).errors(one_cannot_read)
+    assert isinstance(errors[0], PeerError) and "no control groups for you" in str(errors[0])
+    assert isinstance(errors[1], PermissionError)
+
+
 def test_ranks_on_one_machine_share_the_cores_they_may_use(ranks: Callable[[int], Any]) -> None:
     """The ranks of the pool have one thread each."""
     one_core = Cores(0, 1, 1)
