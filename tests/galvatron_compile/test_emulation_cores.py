@@ -159,7 +159,13 @@ def test_groups_that_stay_are_named_and_the_others_go(tmp_path: Path) -> None:
     assert not kept.exists() and not also.exists()
 
 
-def test_what_cannot_be_removed_at_all_is_not_waited_for(tmp_path: Path) -> None:
+def test_what_cannot_be_removed_at_all_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def sleep(_: float) -> None:
+        raise AssertionError("waited")
+
+    monkeypatch.setattr("galvatron_compile.emulation_child.time.sleep", sleep)
     file = tmp_path / "file"
     file.write_text("")
     with pytest.raises(EmulationError, match=rf"left behind: .*{file}.*; rmdir them"):
