@@ -37,8 +37,8 @@ demo: $(READY)  ## plan and train a small Llama on 4 local processes (3 to 5 min
 test: $(READY)  ## the test suite
 	$(BIN)/pytest -m "not slow"
 
-test-all: $(READY)  ## the test suite with the slow cases (8 ranks, large models)
-	$(BIN)/pytest
+test-all: $(READY)  ## the test suite with the slow cases (8 ranks, large models) and fresh seeds
+	GALVATRON_TEST_SEED=fresh $(BIN)/pytest
 
 check: $(READY)  ## lint, formatting rules and strict types
 	$(BIN)/ruff check .

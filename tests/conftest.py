@@ -15,6 +15,12 @@ from typing import Any
 
 import psutil
 import pytest
+from hypothesis import settings
+
+# A commit's tests end alike whenever they run. `make test-all` tries new examples, and new seeds.
+settings.register_profile("repeatable", derandomize=True)
+if os.environ.get("GALVATRON_TEST_SEED") != "fresh":
+    settings.load_profile("repeatable")
 
 # Caches, and a helper of multiprocessing that ends with the process that started it.
 KEPT = "torchinductor_", "resource_tracker"

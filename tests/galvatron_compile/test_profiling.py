@@ -125,6 +125,30 @@ def _sums_beside_computation() -> list[tuple[int, int]]:
     return sorted(set(seen))
 
 
+def _rounds(late: bool) -> int:
+    """How often one of them measures sums without computation."""
+    from unittest.mock import patch
+
+    import torch.distributed as dist
+
+    from galvatron_compile import profiling_collectives
+    from galvatron_compile.stopwatch import Stopwatch
+
+    seen, together = [], profiling_collectives._together
+
+    def noted(watch: Any, compute: Any, calls: int, *rest: Any) -> Any:
+        seen.append(calls)
+        return together(watch, compute, calls, *rest)
+
+    watch = Stopwatch(torch.device("cpu"), 0.01, -1.0 if late else 600.0)
+    with patch.object(profiling_collectives, "_together", noted):
+        product = torch.ones(64, 64)
+        profiling_collectives.measure_overlap(
+            watch, lambda: product @ product, 0.05, 4096, dist.group.WORLD
+        )
+    return seen.count(0)
+
+
 def _groups_of_pairs() -> list[float]:
     """Rank 0 is in a group more than rank 1."""
     import torch.distributed as dist
@@ -160,6 +184,12 @@ def test_overlap_is_that_of_sums_in_a_row(ranks: Callable[[int], Any]) -> None:
     assert found[0] == found[1], "ranks that differ would wait for each other"
     assert all(sums == 0 or sums >= 3 for _, sums in found[0])
     assert {sums for calls, sums in found[0] if calls} == {0, 3, 9}
+
+
+def test_overlap_is_measured_once_where_time_is_up(ranks: Callable[[int], Any]) -> None:
+    assert ranks(2).run(_rounds, True) == [1, 1]
+    in_time = ranks(2).run(_rounds, False)
+    assert in_time[0] == in_time[1] > 1
 
 
 def test_groups_are_neighbours_in_a_node_and_strided_across_nodes() -> None:

@@ -93,6 +93,24 @@ def test_a_parameter_without_a_gradient_in_a_later_step_gets_none() -> None:
     assert [m.grad is None for m in unit.masters] == [False, True]
 
 
+def test_gradients_summed_in_more_bits_are_rounded_once() -> None:
+    """bfloat16 rounds 1 + 2**-8 to 1; with two of them it is 1 + 2**-7."""
+    alone = Axis("dp1", (0,), 0)
+    value = torch.ones(3, dtype=torch.bfloat16)
+    unit = ParameterUnit(
+        "u", [ParameterLayout("w", (3,), R, 1, 1, 0)], [value], data=alone, tensor=alone,
+        precision=Precision(reduce=torch.float32), device=torch.device("cpu"),
+    )  # fmt: skip
+    for part in (1.0, 2.0**-8, 2.0**-8):
+        unit.add_gradient(0, torch.full((3,), part, dtype=torch.bfloat16))
+    for launched in unit.reduce():
+        launched.wait()
+    unit.commit()
+    (master,) = unit.masters
+    assert master.grad is not None and master.grad.dtype == torch.bfloat16
+    assert master.grad.tolist() == [1.0 + 2.0**-7] * 3
+
+
 def test_a_dropped_unit_is_freed() -> None:
     """Its tensors' hooks must not keep it, its memory and its process groups alive."""
     layout = ParameterLayout("w", (4, 2), R, tp=1, dp=1, zero=0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,10 +21,9 @@ for _name in ("kernel_checks", "peer_checks"):
 
 @pytest.fixture
 def seed() -> int:
-    """A fresh one for every run; pytest prints it where a test fails."""
-    drawn = random.SystemRandom().randrange(2**31)
-    print(f"seed {drawn}")
-    return drawn
+    """``kernel_checks.new_seed``; pytest prints it where a test fails."""
+    seed: int = sys.modules["kernel_checks"].new_seed()
+    return seed
 
 
 @pytest.fixture

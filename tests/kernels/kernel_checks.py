@@ -5,6 +5,7 @@ Runs in the test process and, by value, in ranks under the interpreter.
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,22 +18,36 @@ from torch import Tensor
 
 
 def new_seed() -> int:
-    """A fresh seed, printed so that a failure can be repeated."""
-    seed = random.SystemRandom().randrange(2**31)
+    """``GALVATRON_TEST_SEED``, 0 if it is not set; "fresh" draws one, printed to repeat a failure.
+
+    A commit's tests end alike whenever they run; ``make test-all`` is where fresh seeds are tried.
+    """
+    given = os.environ.get("GALVATRON_TEST_SEED", "0")
+    seed = random.SystemRandom().randrange(2**31) if given == "fresh" else int(given)
     print(f"seed {seed}")
     return seed
 
 
-def close(actual: Tensor, expected: Tensor, *, terms: int = 1, what: str = "") -> None:
+def close(
+    actual: Tensor,
+    expected: Tensor,
+    *,
+    terms: int = 1,
+    what: str = "",
+    summed: Tensor | None = None,
+) -> None:
     """Assert that ``actual`` is ``expected`` (float64) to the rounding of its own dtype.
 
     terms: how many products a sum has; float32 sums lose ``sqrt(terms)`` of their last bits of the
     largest value. Low precision is rounded once, at the end (the interpreter truncates bfloat16).
+    summed: what is summed, without signs; said where few sums are compared, all of which may
+    happen to cancel.
     """
     assert actual.shape == expected.shape, f"{what} {actual.shape} {expected.shape}"
     eps = torch.finfo(actual.dtype).eps
     sums = 1e-12 if actual.dtype == torch.float64 else 4 * 2**-24 * terms**0.5
-    scale = expected.abs().max() if expected.numel() else 0.0
+    largest = expected.abs() if summed is None else summed
+    scale = largest.max() if expected.numel() else 0.0
     tiny = torch.finfo(actual.dtype).smallest_normal * eps
     limit = 1.01 * eps * expected.abs() + sums * scale + tiny
     wrong = ~((actual.double() - expected).abs() <= limit)  # so that NaN is wrong

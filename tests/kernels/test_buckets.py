@@ -68,7 +68,8 @@ def check_sum(seed: int, parts: int, dtype: torch.dtype, kernels: bool) -> None:
         with watched(tested, "sum_kernel") as counts:
             tested.sum_parts(given, out)
         assert launched(counts) == ({"sum_kernel"} if kernels else set())
-        close(out, given.double().sum(0), terms=parts, what="sum")
+        wide = given.double()
+        close(out, wide.sum(0), terms=parts, what="sum", summed=wide.abs().sum(0))
 
 
 def check_blocks(seed: int, kernels: bool) -> None:
