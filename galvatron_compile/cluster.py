@@ -10,49 +10,12 @@ from pathlib import Path
 
 from galvatron_compile.curves import CollectiveCurve, RateCurve, between_sizes
 from galvatron_compile.errors import ProfileError
+from galvatron_compile.facts import Device, Fact, Overlap
 
 SCHEMA_VERSION = 1
 CUDA_KERNEL_MS = 0.002
 """Least time of a kernel on a GPU, from start to end (assumption: an empty one takes about 2 us).
 The fixed time of matrix products and attention is in their curves."""
-
-
-@dataclass(frozen=True)
-class Fact:
-    """One number and where it is from: "measured on …" or "default: …"."""
-
-    value: float
-    source: str
-
-
-@dataclass(frozen=True)
-class Device:
-    """What one rank computes on. ``kind`` is "cuda" or "cpu"; memory is what one rank may use."""
-
-    name: str
-    kind: str
-    memory_bytes: int
-
-
-@dataclass(frozen=True)
-class Overlap:
-    """What running computation and communication at the same time costs, each factor at least 1.
-
-    joint: o in  time = max(c, x) + (o - 1) * min(c, x)  for computation c and communication x that
-        start together; 1 is perfect overlap, 2 is one after the other.
-    compute: how many times longer computation takes while communication runs all along.
-    communication: how many times longer communication takes while computation runs all along.
-    """
-
-    joint: float
-    compute: float
-    communication: float
-    source: str
-
-    def __post_init__(self) -> None:
-        for name in ("joint", "compute", "communication"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 1):
-                raise ProfileError(f"overlap.{name} is {getattr(self, name)}; must be at least 1")
 
 
 @dataclass(frozen=True)

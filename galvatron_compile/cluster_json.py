@@ -7,9 +7,10 @@ import json
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from galvatron_compile.cluster import SCHEMA_VERSION, ClusterProfile, Device, Fact, Overlap
+from galvatron_compile.cluster import SCHEMA_VERSION, ClusterProfile
 from galvatron_compile.curves import CollectiveCurve, RateCurve
 from galvatron_compile.errors import ProfileError
+from galvatron_compile.facts import Device, Fact, Overlap
 
 T = TypeVar("T")
 

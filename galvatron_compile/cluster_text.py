@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from galvatron_compile.cluster import ClusterProfile, Overlap
+from galvatron_compile.cluster import ClusterProfile
 from galvatron_compile.curves import KINDS, RateCurve, bus_factor
+from galvatron_compile.facts import Overlap
 
 MIB = 1024**2
 GIB = 1024**3

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from galvatron_compile import emulation_child
-from galvatron_compile.emulation_cores import RankGroups, check_cpus, remove
+from galvatron_compile.emulation_cores import NoGroups, RankGroups, check_cpus, remove
 from galvatron_compile.emulation_network import (
     INTERFACE,
     MAX_NODES,
@@ -124,7 +124,7 @@ class RunningCluster:
         self._num_runs = 0
         self._running = threading.Lock()
         groups = _groups(settings)
-        self._groups = groups.folders if groups is not None else []
+        self._groups = groups.folders
         self._network = Network(settings.num_nodes)
         try:
             self.set_rate(settings.rate_bits_per_s)
@@ -133,8 +133,7 @@ class RunningCluster:
             self._network.close()
             raise
         try:
-            if groups is not None:
-                groups.make()  # now that the guard is there to remove them
+            groups.make()  # now that the guard is there to remove them
         except BaseException:
             self.close()
             raise
@@ -251,9 +250,9 @@ def set_link_rate(rate_bits_per_s: float | None) -> None:
         raise EmulationError(error)
 
 
-def _groups(settings: EmulatedCluster) -> RankGroups | None:
+def _groups(settings: EmulatedCluster) -> NoGroups:
     if settings.cpus_per_rank is None:
-        return None
+        return NoGroups()
     return RankGroups(settings.world_size, settings.cpus_per_rank, pinned=settings.pin)
 
 

@@ -37,12 +37,23 @@ def check_cpus(cpus_per_rank: float | None) -> None:
         )
 
 
-class RankGroups:
+class NoGroups:
+    """Of ranks without a limit. folders: one for every rank, or none."""
+
+    def __init__(self) -> None:
+        self.folders: list[Path] = []
+
+    def make(self) -> None:
+        """Nothing; see :class:`RankGroups`."""
+
+
+class RankGroups(NoGroups):
     """Names for the control groups of all ranks. Known before there are any, so that the guard
     can remove them whatever happens; :meth:`make` makes them."""
 
     def __init__(self, num_ranks: int, cpus_per_rank: float, *, pinned: bool) -> None:
         """EmulationError: there are not so many cores, or nothing controls CPU time here."""
+        super().__init__()
         self.cpus_per_rank = cpus_per_rank
         try:
             own = ControlGroup.own()

@@ -13,9 +13,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from galvatron_compile.cluster import ClusterProfile, Device, Fact, Overlap
+from galvatron_compile.cluster import ClusterProfile
 from galvatron_compile.curves import KINDS, CollectiveCurve, Points, RateCurve, bus_factor
 from galvatron_compile.errors import ProfileError
+from galvatron_compile.facts import Device, Fact, Overlap
 
 GB = 1e9
 GIB = 1024**3

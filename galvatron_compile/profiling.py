@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from galvatron_compile.cluster import ClusterProfile, Device, Fact, Overlap
+from galvatron_compile.cluster import ClusterProfile
 from galvatron_compile.cluster_json import dumps, loads
 from galvatron_compile.curves import CollectiveCurve, RateCurve, rising
+from galvatron_compile.facts import Device, Fact, Overlap
 from galvatron_compile.job import join
 from galvatron_compile.profiling_collectives import (
     group_among,

@@ -143,7 +143,7 @@ def measure_overlap(
     payload_bytes: int,
     group: dist.ProcessGroup | None = None,
 ) -> tuple[float, float, float]:
-    """(joint, compute, communication) factors of :class:`galvatron_compile.cluster.Overlap`.
+    """(joint, compute, communication) factors of :class:`galvatron_compile.facts.Overlap`.
 
     All-reduces over ``group`` (all ranks; every rank calls with its own) run beside ``compute``
     (one call takes ``compute_ms``): as long as it, then three times as long to see what computation

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from galvatron_compile.cluster import ClusterProfile, Overlap
+from galvatron_compile.cluster import ClusterProfile
 from galvatron_compile.curves import CollectiveCurve, Points, RateCurve, bus_factor, rising
+from galvatron_compile.facts import Overlap
 from galvatron_compile.galvatron.formulas import MB
 from galvatron_compile.galvatron.profile import Exchange, GalvatronProfile
 from galvatron_compile.presets import preset

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from galvatron_compile.cluster import ClusterProfile, Fact
+from galvatron_compile.cluster import ClusterProfile
 from galvatron_compile.curves import CollectiveCurve, Points, RateCurve, rising
 from galvatron_compile.errors import PlanError
+from galvatron_compile.facts import Fact
 from galvatron_compile.presets import GPUS
 from galvatron_compile.validation.run import Run
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from galvatron_compile.cluster import ClusterProfile, Fact, Overlap
+from galvatron_compile.cluster import ClusterProfile
 from galvatron_compile.compiler import understand
 from galvatron_compile.errors import GalvatronError, PlanError
+from galvatron_compile.facts import Fact, Overlap
 from galvatron_compile.graph import LayeredGraph
 from galvatron_compile.models import DecoderShape, load_shape
 from galvatron_compile.passes.layer_costs import LayerCosts, Workload

@@ -56,7 +56,7 @@ class Software:
     compute, gradient: dtypes of activations and of the gradients that are summed over ranks; the
         optimizer's weights are float32 in every mixed precision.
     host_ms: host time of dispatching one operator; None for what the cluster's profile says.
-    overlap: :attr:`galvatron_compile.cluster.Overlap.joint`; 2 where gradients are reduced after
+    overlap: :attr:`galvatron_compile.facts.Overlap.joint`; 2 where gradients are reduced after
         backward, None for what the cluster's profile says.
     fused: neighbours that are one kernel; None where a compiler fuses all it can.
     whole_head: times that an undivided head takes longer than counted.

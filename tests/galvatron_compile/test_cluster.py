@@ -16,10 +16,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from galvatron_compile.cluster import CUDA_KERNEL_MS, ClusterProfile, Device, Overlap
+from galvatron_compile.cluster import CUDA_KERNEL_MS, ClusterProfile
 from galvatron_compile.cluster_json import dumps, loads
 from galvatron_compile.curves import CollectiveCurve, RateCurve, rising
 from galvatron_compile.errors import ProfileError
+from galvatron_compile.facts import Device, Overlap
 
 SOURCE = "measured in a test"
 FEW = [(1e3, 0.1), (1e6, 0.5), (1e9, 200.0)]

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from galvatron_compile.cluster import ClusterProfile, Fact, Overlap
+from galvatron_compile.cluster import ClusterProfile
 from galvatron_compile.errors import GalvatronError
+from galvatron_compile.facts import Fact, Overlap
 from galvatron_compile.passes.tally import OperatorCount, Tally
 from galvatron_compile.validation import Run
 from galvatron_compile.validation.hardware import TABLE_DIR, Hardware

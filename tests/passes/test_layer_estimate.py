@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from galvatron_compile.cluster import ClusterProfile, Device, Fact
+from galvatron_compile.cluster import ClusterProfile
 from galvatron_compile.compiler import understand
+from galvatron_compile.facts import Device, Fact
 from galvatron_compile.graph import LayeredGraph
 from galvatron_compile.models import DecoderShape, load_shape
 from galvatron_compile.passes.fusion import fuse

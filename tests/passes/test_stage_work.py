@@ -14,9 +14,10 @@ import torch
 
 from galvatron_compile import notation
 from galvatron_compile.actions import Outline
-from galvatron_compile.cluster import ClusterProfile, Overlap
+from galvatron_compile.cluster import ClusterProfile
 from galvatron_compile.constraints import Constraints
 from galvatron_compile.costs import LayerCost
+from galvatron_compile.facts import Overlap
 from galvatron_compile.findings import predicted
 from galvatron_compile.models import DecoderShape, load_shape
 from galvatron_compile.passes.lower import lower
