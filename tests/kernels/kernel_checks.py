@@ -40,14 +40,15 @@ def close(
 
     terms: how many products a sum has; float32 sums lose ``sqrt(terms)`` of their last bits of the
     largest value. Low precision is rounded once, at the end (the interpreter truncates bfloat16).
-    summed: what is summed, without signs; said where few sums are compared, all of which may
-    happen to cancel.
+    summed: what each sum adds up, without signs, in place of the largest value: said where few are
+    compared, all of which may happen to cancel.
     """
     assert actual.shape == expected.shape, f"{what} {actual.shape} {expected.shape}"
     eps = torch.finfo(actual.dtype).eps
     sums = 1e-12 if actual.dtype == torch.float64 else 4 * 2**-24 * terms**0.5
-    largest = expected.abs() if summed is None else summed
-    scale = largest.max() if expected.numel() else 0.0
+    scale: Tensor | float = 0.0
+    if expected.numel():
+        scale = expected.abs().max() if summed is None else summed
     tiny = torch.finfo(actual.dtype).smallest_normal * eps
     limit = 1.01 * eps * expected.abs() + sums * scale + tiny
     wrong = ~((actual.double() - expected).abs() <= limit)  # so that NaN is wrong
