@@ -108,18 +108,19 @@ class Group:
 
         While it computes both slow down; while its own collectives run, they and the others each
         have half of the wire if they share one, and slow down as computation does where they are
-        work of the cores. Averaged over the even mixture.
+        work of the cores. Averaged over the even mixture. An update, whose phase is empty, neither
+        slows down nor is slowed down.
         """
         if (phase, in_node) not in self._speeds:
-            work, inner_ms = self.work, phase.inner_ms
+            work = self.work
             compute_slowdown, communication_slowdown = work.slowdowns(in_node)
-            cores_ms = inner_ms if work.inner_computes and not work.inner_shares_wire else 0.0
-            slow_ms = (phase.compute_ms + cores_ms) * compute_slowdown
-            wire_ms = inner_ms - cores_ms
-            took_ms = slow_ms + wire_ms * (2 if work.inner_shares_wire else 1)
-            moved_ms = slow_ms / communication_slowdown + wire_ms
-            speeds = (phase.alone_ms / took_ms, moved_ms / took_ms) if took_ms else (1.0, 1.0)
-            self._speeds[phase, in_node] = speeds
+            on_wire = work.inner_shares_wire or not work.inner_computes
+            # Shares and not times, which may be so short that a part of them is none.
+            wire = phase.inner_ms / phase.alone_ms if on_wire and phase.alone_ms else 0.0
+            slow = (1 - wire) * compute_slowdown
+            took = slow + wire * (2 if work.inner_shares_wire else 1)
+            speeds = 1 / took, (slow / communication_slowdown + wire) / took
+            self._speeds[phase, in_node] = speeds if phase.alone_ms else (1.0, 1.0)
         return self._speeds[phase, in_node]
 
     def next_run(self, index: int) -> Job:

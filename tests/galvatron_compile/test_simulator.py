@@ -45,6 +45,15 @@ def test_slowdowns_may_differ() -> None:
     assert found.groups[0].slowed_ms == pytest.approx(8 - 8 / 1.5)
 
 
+@pytest.mark.parametrize("forward_ms", [0.0, 5e-324, 1e-300])
+def test_layers_of_hardly_any_time_do_not_hold_up_a_gather(forward_ms: float) -> None:
+    """Half of the least number above 0 is 0, which as a speed would be for ever."""
+    found = alone(
+        BESIDE, [layer(forward_ms)], UnitWork(gather_ms=4.0), communication_slowdown=2.0
+    )
+    assert found.step_ms == pytest.approx(4.0)
+
+
 @pytest.mark.parametrize(("in_node", "end_ms"), [(False, 12 + 4 * 0.5), (True, 12 + 4 * 2.0)])
 def test_what_stays_within_a_node_has_slowdowns_of_its_own(in_node: bool, end_ms: float) -> None:
     """Communication as long as before; computation beside it at 1 / 1.5 or 1 / 3 of its speed."""
