@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from galvatron_compile import emulation_child
-from galvatron_compile.emulation_cores import NoGroups, RankGroups, check_cpus, remove
+from galvatron_compile.emulation_cores import Groups, RankGroups, check_cpus, remove
 from galvatron_compile.emulation_network import (
     INTERFACE,
     MAX_NODES,
@@ -250,9 +250,9 @@ def set_link_rate(rate_bits_per_s: float | None) -> None:
         raise EmulationError(error)
 
 
-def _groups(settings: EmulatedCluster) -> NoGroups:
+def _groups(settings: EmulatedCluster) -> Groups:
     if settings.cpus_per_rank is None:
-        return NoGroups()
+        return Groups()
     return RankGroups(settings.world_size, settings.cpus_per_rank, pinned=settings.pin)
 
 

@@ -37,8 +37,11 @@ def check_cpus(cpus_per_rank: float | None) -> None:
         )
 
 
-class NoGroups:
-    """Of ranks without a limit. folders: one for every rank, or none."""
+class Groups:
+    """Control groups of ranks. Those without a limit have none.
+
+    folders: one for every rank, or none.
+    """
 
     def __init__(self) -> None:
         self.folders: list[Path] = []
@@ -47,7 +50,7 @@ class NoGroups:
         """Nothing; see :class:`RankGroups`."""
 
 
-class RankGroups(NoGroups):
+class RankGroups(Groups):
     """Names for the control groups of all ranks. Known before there are any, so that the guard
     can remove them whatever happens; :meth:`make` makes them."""
 

@@ -10,7 +10,10 @@ from galvatron_compile.errors import ProfileError
 
 @dataclass(frozen=True)
 class Fact:
-    """One number and where it is from: "measured on …" or "default: …"."""
+    """One number and where it is from: "measured on …" or "default: …".
+
+    value: in the unit that the field of the profile says.
+    """
 
     value: float
     source: str
@@ -33,6 +36,8 @@ class Overlap:
         start together; 1 is perfect overlap, 2 is one after the other.
     compute: how many times longer computation takes while communication runs all along.
     communication: how many times longer communication takes while computation runs all along.
+
+    Raises ProfileError if a factor is not finite or below 1.
     """
 
     joint: float

@@ -150,9 +150,10 @@ def measure_overlap(
     suffers, then a third as long. There are three at least, one behind the other as gradients are
     summed: a lone one would show how late it starts beside computation, not how slow it is.
     """
-    tensors = [torch.zeros(payload_bytes // _ITEM_BYTES, device=watch.device) for _ in range(9)]
-    reduce_ms = watch.ms(lambda: dist.all_reduce(tensors[0], group=group))
     reduces = 3
+    numel = payload_bytes // _ITEM_BYTES
+    tensors = [torch.zeros(numel, device=watch.device) for _ in range(3 * reduces)]
+    reduce_ms = watch.ms(lambda: dist.all_reduce(tensors[0], group=group))
     calls = max(1, round(reduces * reduce_ms / compute_ms))
 
     def run(times: tuple[int, int]) -> tuple[float, float, float]:

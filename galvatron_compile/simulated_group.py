@@ -111,16 +111,17 @@ class Group:
         work of the cores. Averaged over the even mixture. An update, whose phase is empty, neither
         slows down nor is slowed down.
         """
+        if not phase.alone_ms:
+            return 1.0, 1.0
         if (phase, in_node) not in self._speeds:
             work = self.work
             compute_slowdown, communication_slowdown = work.slowdowns(in_node)
             on_wire = work.inner_shares_wire or not work.inner_computes
             # Shares and not times, which may be so short that a part of them is none.
-            wire = phase.inner_ms / phase.alone_ms if on_wire and phase.alone_ms else 0.0
+            wire = phase.inner_ms / phase.alone_ms if on_wire else 0.0
             slow = (1 - wire) * compute_slowdown
             took = slow + wire * (2 if work.inner_shares_wire else 1)
-            speeds = 1 / took, (slow / communication_slowdown + wire) / took
-            self._speeds[phase, in_node] = speeds if phase.alone_ms else (1.0, 1.0)
+            self._speeds[phase, in_node] = 1 / took, (slow / communication_slowdown + wire) / took
         return self._speeds[phase, in_node]
 
     def next_run(self, index: int) -> Job:
