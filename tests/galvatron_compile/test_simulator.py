@@ -180,6 +180,16 @@ def test_a_layers_own_collectives_may_be_work_of_the_cores(
     assert (compute.end_ms, gather.end_ms) == pytest.approx(ends)
 
 
+def test_a_layers_own_collectives_that_only_wait_slow_nothing_down() -> None:
+    found = alone(
+        BESIDE, [layer(2.0, inner=2.0)], UnitWork(gather_ms=7.0),
+        compute_slowdown=1.5, communication_slowdown=1.5,
+    )  # fmt: skip
+    # 2 ms computed take 3, of the gather 2 are done in them and 2 in the 2 ms that follow.
+    compute, gather = (found.timeline.row(0, name)[0] for name in ("compute", "communication"))
+    assert (compute.end_ms, gather.end_ms) == pytest.approx((5.0, 8.0))
+
+
 def test_waiting_is_exposed_by_kind() -> None:
     actions = [
         *BESIDE, Action("backward", 0, 0), Action("reduce", 0), Action("wait_reduce", 0),
